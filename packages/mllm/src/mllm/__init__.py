@@ -1,0 +1,1 @@
+"""Multimodal reinforcement, preference and unlearning methods on transformers vision-language models: planned, nothing is implemented yet."""
