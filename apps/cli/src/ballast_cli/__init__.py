@@ -1,1 +1,5 @@
-"""Placeholder while the package is being written."""
+"""The command `ballast`: one sub-command group per package."""
+
+from importlib.metadata import version
+
+__version__ = version("ballast-cli")
