@@ -196,6 +196,26 @@ def _declares(package: str, other: str) -> bool:
 
 @nox.session
 @nox.parametrize("package", PUBLISHED, ids=PUBLISHED)
+def wheel(session: nox.Session, package: str) -> None:
+    """The fast tests against the built wheel in an environment that has nothing but it and its test group."""
+    folder = MEMBERS[package].relative_to(ROOT).as_posix()
+    with tempfile.TemporaryDirectory() as tmp:
+        session.run(
+            "uv", "build", "--quiet", "--all-packages", "--no-sources", "--wheel", "--out-dir", tmp, external=True
+        )
+        stem = package.replace("-", "_")
+        own = [str(f) for f in Path(tmp).glob("*.whl") if f.name.startswith((f"{stem}-", "ballast_testing-"))]
+        session.run_install(
+            "uv", "pip", "install", "--quiet", *own, "--group", f"{folder}/pyproject.toml:test", external=True
+        )
+        session.run(
+            "pytest", f"{folder}/tests", "-q", "-m", "not slow and not gpu and not network", *session.posargs,
+            env=ONE_THREAD,
+        )  # fmt: skip
+
+
+@nox.session
+@nox.parametrize("package", PUBLISHED, ids=PUBLISHED)
 def api(session: nox.Session, package: str) -> None:
     """Breaking changes of the public API since the package's last tag."""
     _sync(session, "--only-group", "dev")

@@ -1,1 +1,1 @@
-"""Placeholder while the package is being written."""
+"""`ballast bench`: cases, runner, results store, statistics and report over the Ballast packages."""

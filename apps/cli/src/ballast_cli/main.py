@@ -121,10 +121,5 @@ def _message(error: CycloptsError) -> str:
     return " ".join(str(error).split()).replace("[", r"\[")
 
 
-def run() -> None:
-    """Console script: exit with the code of `main`."""
-    sys.exit(main())
-
-
 if __name__ == "__main__":
-    run()
+    sys.exit(main())

@@ -1,0 +1,5 @@
+// arithmatex (generic mode) leaves \(...\) and \[...\] in elements of their own; the vendored KaTeX renders them in place.
+for (const element of document.querySelectorAll(".arithmatex")) {
+  const text = element.textContent.trim();
+  katex.render(text.slice(2, -2), element, { displayMode: text.startsWith("\\["), throwOnError: true });
+}

@@ -1,0 +1,294 @@
+"""Tables and a picture from docs/results/*.json, as Markdown and SVG.
+
+A result file that is absent gives "not measured yet"; a file that is there must hold every cell that a page names,
+otherwise the build stops. Published figures come from docs/results/published.json alone.
+"""
+
+from __future__ import annotations
+
+import difflib
+import html
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+PUBLISHED = "published"
+MISSING = '<span class="ballast-missing">not measured yet</span>'
+NAMES = {
+    "recall": "Recall",
+    "ndcg": "NDCG",
+    "arp": "ARP",
+    "precision": "Precision",
+    "hit_ratio": "HitRatio",
+    "mrr": "MRR",
+}
+
+
+@dataclass(frozen=True)
+class Stat:
+    """Mean, standard deviation and number of seeds of one metric; `std` is None for one seed or where none is known."""
+
+    mean: float
+    std: float | None = None
+    n: int = 0
+
+
+@dataclass(frozen=True)
+class Method:
+    """One method of a case."""
+
+    name: str
+    metrics: dict[str, Stat]
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison on one data set; the first metric is the most important one."""
+
+    id: str
+    title: str
+    dataset: str
+    baseline: str
+    note: str
+    metrics: tuple[dict[str, Any], ...]
+    methods: dict[str, Method]
+
+
+@dataclass(frozen=True)
+class ResultFile:
+    """One committed export: what it was measured on, and its cases."""
+
+    about: str
+    commands: tuple[str, ...]
+    cases: dict[str, Case]
+
+
+def load(name: str, folder: Path = RESULTS) -> ResultFile | None:
+    """Read docs/results/<name>.json as `ballast bench export` writes it; None where there is no such file."""
+    path = folder / f"{name}.json"
+    if not path.is_file():
+        return None
+    content = json.loads(path.read_text(encoding="utf-8"))
+    cases = {}
+    for entry in content["cases"]:
+        methods = {
+            m["name"]: Method(
+                m["name"], {k: Stat(v["mean"], v["std"], v["n"]) for k, v in m["metrics"].items()}, m["settings"]
+            )
+            for m in entry["methods"]
+        }
+        cases[entry["id"].rpartition("/")[2]] = Case(
+            entry["id"],
+            entry["title"],
+            entry["dataset"],
+            entry["baseline"],
+            entry["note"],
+            tuple(entry["metrics"]),
+            methods,
+        )
+    return ResultFile(_about(content), tuple(content["commands"]), cases)
+
+
+def render(kind: str, spec: dict[str, Any]) -> str:
+    """Return what stands in place of a ```results, ```benchmarks or ```picture block.
+
+    Raises:
+        ValueError: If the block names something that its file does not hold.
+    """
+    if kind == "results":
+        return results(**spec)
+    if kind == "benchmarks":
+        return benchmarks(**spec)
+    return picture(**spec)
+
+
+def results(*, file: str, metrics: list[str], rows: list[dict[str, str]]) -> str:
+    """Published figures beside ours, one row per setting; a row names a `published` figure, a cell of `ours`, or both."""
+    measured = load(file)
+    sources: dict[str, str] = {}
+    names = "<br>".join(_heading(m) for m in metrics)
+    lines = ["| setting | metric | published | ours | configuration |", "|---|---|---|---|---|"]
+    for row in rows:
+        unknown = row.keys() - {"label", "published", "ours"}
+        if unknown:
+            raise ValueError(f"unknown keys {sorted(unknown)} in row {row['label']!r}")
+        published, ours, configuration = "–", "–", ""
+        if "published" in row:
+            published = _published(row["published"], metrics, sources)
+        if "ours" in row:
+            ours, configuration = _ours(measured, file, row["ours"], metrics)
+        elif "published" in row:
+            ours = "not attempted"
+        lines.append(f"| {row['label']} | {names} | {published} | {ours} | {configuration} |")
+    notes = [f"{mark} {text}." for text, mark in sources.items()]
+    if measured is not None:
+        notes.append(f"Ours: mean ± standard deviation over n seeds. {measured.about}")
+    return _table(lines) + "\n\n" + _small(notes)
+
+
+def benchmarks(*, files: list[str] | None = None) -> str:
+    """Every case of every committed result file in full."""
+    names = files if files is not None else sorted(p.stem for p in RESULTS.glob("*.json") if p.stem != PUBLISHED)
+    found = [(name, measured) for name in names if (measured := load(name)) is not None]
+    if not found:
+        return MISSING
+    parts = []
+    for name, measured in found:
+        command = f"`{measured.commands[0]}`." if measured.commands else ""
+        parts += [f"## {name} {{ #{name} }}", _small([command, measured.about, f"[Raw data](../results/{name}.json)."])]
+        for case in measured.cases.values():
+            parts += [f"### {case.title} {{ #{_anchor(name, case)} }}", html.escape(case.note), _case_table(case)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def picture(*, file: str, case: str, metric: str, title: str) -> str:
+    """One metric of one case as horizontal bars with whiskers of one standard deviation."""
+    measured = load(file)
+    if measured is None:
+        return f'<figure class="ballast-figure" markdown="0"><figcaption>{title}: {MISSING}</figcaption></figure>'
+    chosen = _pick(measured.cases, case, f"docs/results/{file}.json", "case")
+    if not any(metric in m.metrics for m in chosen.methods.values()):
+        raise ValueError(f"docs/results/{file}.json: case {case!r} has no metric {metric!r}")
+    caption = (
+        f"{html.escape(chosen.title)}. Whiskers: one standard deviation. {measured.about} "
+        f'<a href="benchmarks/#{_anchor(file, chosen)}">All figures</a>.'
+    )
+    return f'<figure class="ballast-figure" markdown="0">{_bars(chosen, metric, title)}<figcaption>{caption}</figcaption></figure>'
+
+
+def _bars(case: Case, metric: str, title: str) -> str:
+    bars = [(m.name, m.metrics[metric]) for m in case.methods.values() if metric in m.metrics]
+    top = max(s.mean + (s.std or 0.0) for _, s in bars)
+    left, width, step = 110, 420, 26
+    scale = width / top if top > 0 else 0.0
+    parts = [f'<text x="0" y="14" font-size="13" font-weight="600">{html.escape(title)}</text>']
+    for i, (name, stat) in enumerate(bars):
+        y = 28 + i * step
+        kind = "base" if name == case.baseline else "ours"
+        end = left + stat.mean * scale
+        parts.append(f'<text x="{left - 8}" y="{y + 13}" font-size="12" text-anchor="end">{html.escape(name)}</text>')
+        parts.append(f'<rect class="{kind}" x="{left}" y="{y}" width="{stat.mean * scale:.1f}" height="17" rx="2"/>')
+        reach = (stat.std or 0.0) * scale
+        if reach > 0:
+            parts.append(f'<path class="whisker" d="M{end - reach:.1f} {y + 8.5}H{end + reach:.1f}"/>')
+        parts.append(f'<text x="{end + reach + 6:.1f}" y="{y + 13}" font-size="12">{stat.mean:.3f}</text>')
+    height = 32 + len(bars) * step
+    parts.append(f'<path class="axis" fill="none" d="M{left} 24V{height - 4}"/>')
+    return f'<svg viewBox="0 0 600 {height}" role="img" aria-label="{html.escape(title)}">{"".join(parts)}</svg>'
+
+
+def _case_table(case: Case) -> str:
+    names = [m["name"] for m in case.metrics]
+    arrows = {m["name"]: "↑" if m["better"] == "higher" else "↓" for m in case.metrics}
+    digits = {m["name"]: m["digits"] for m in case.metrics}
+    lines = ["| method | " + " | ".join(f"{_heading(n)} {arrows[n]}" for n in names) + " | n | settings |"]
+    lines.append("|---" * (len(names) + 3) + "|")
+    for method in case.methods.values():
+        cells = [_stat(method.metrics[n], digits[n]) if n in method.metrics else "–" for n in names]
+        n = max((s.n for s in method.metrics.values()), default=0)
+        mark = " (baseline)" if method.name == case.baseline else ""
+        lines.append(f"| {method.name}{mark} | " + " | ".join(cells) + f" | {n} | {_settings(method.settings)} |")
+    return _table(lines)
+
+
+def _ours(measured: ResultFile | None, file: str, reference: str, metrics: Iterable[str]) -> tuple[str, str]:
+    if measured is None:
+        return MISSING, ""
+    where = f"docs/results/{file}.json"
+    case_name, separator, method_name = (part.strip() for part in reference.partition("::"))
+    if not separator:
+        raise ValueError(f"`ours` must read 'case :: method', got {reference!r}")
+    case = _pick(measured.cases, case_name, where, "case")
+    method = _pick(case.methods, method_name, f"{where}, case {case_name!r}", "method")
+    stats = [_pick(method.metrics, m, f"{where}, {reference}", "metric") for m in metrics]
+    digits = {m["name"]: m["digits"] for m in case.metrics}
+    text = "<br>".join(_stat(s, digits.get(m, 4)) for s, m in zip(stats, metrics, strict=True))
+    return f"{text}<br>n = {stats[0].n}", _settings(method.settings)
+
+
+def _published(key: str, metrics: Iterable[str], sources: dict[str, str]) -> str:
+    content = json.loads((RESULTS / f"{PUBLISHED}.json").read_text(encoding="utf-8"))
+    figure = _pick(content["figures"], key, f"docs/results/{PUBLISHED}.json", "figure")
+    source = _pick(content["sources"], figure["source"], f"docs/results/{PUBLISHED}.json", "source")
+    text = f"[{source['text']}]({source['url']})" if source["url"] else source["text"]
+    mark = sources.setdefault(text, f"<sup>{len(sources) + 1}</sup>")
+    cells = []
+    for metric in metrics:
+        value = figure.get(metric)
+        digits = 1 if metric.startswith("arp") else 4
+        if value is None:
+            cells.append("–")
+        elif isinstance(value, list):
+            cells.append(_stat(Stat(value[0], value[1]), digits))
+        else:
+            cells.append(f"{value:.{digits}f}" if value < 1000 else f"{value:,.0f}")
+    return "<br>".join([cells[0] + mark, *cells[1:]])
+
+
+def _pick(table: dict[str, Any], key: str, where: str, what: str) -> Any:
+    if key in table:
+        return table[key]
+    near = difflib.get_close_matches(key, table, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    raise ValueError(f"{where} has no {what} {key!r}{hint} (it has {', '.join(sorted(table)) or 'none'})")
+
+
+def _anchor(file: str, case: Case) -> str:
+    return f"{file}-{case.id}".replace("/", "-").replace("_", "-").lower()
+
+
+def _heading(metric: str) -> str:
+    name, at, k = metric.partition("@")
+    return NAMES.get(name, name.replace("_", " ")) + at + k
+
+
+def _stat(stat: Stat, digits: int = 4) -> str:
+    if stat.std is None:
+        return f"{stat.mean:.{digits}f}"
+    return f"{stat.mean:.{digits}f} ± {stat.std:.{digits}f}"
+
+
+def _settings(settings: dict[str, Any]) -> str:
+    flat: list[str] = []
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            flat += [f"{inner}={_value(v)}" for inner, v in value.items()]
+        else:
+            flat.append(f"{key}={_value(value)}")
+    return html.escape(", ".join(flat)).replace("|", "\\|").replace("_", "\\_")
+
+
+def _value(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _about(content: dict[str, Any]) -> str:
+    machines = []
+    for environment in content["environments"]:
+        versions = environment.get("packages") or {}
+        commit = environment.get("commit")
+        parts = [
+            environment.get("gpu") or environment.get("processor"),
+            f"torch {versions['torch']}" if "torch" in versions else None,
+            f"commit {commit[:10]}{' with local changes' if environment.get('dirty') else ''}" if commit else None,
+        ]
+        machines.append(", ".join(str(part) for part in parts if part))
+    where = "; ".join(dict.fromkeys(machines))
+    when = f", finished {content['finished'][:10]}" if content.get("finished") else ""
+    return f"Measured on {where}{when}." if where else ""
+
+
+def _table(lines: Collection[str]) -> str:
+    body = "\n".join(lines)
+    return f'<div class="ballast-table" markdown="1">\n\n{body}\n\n</div>'
+
+
+def _small(notes: Iterable[str]) -> str:
+    text = " ".join(note for note in notes if note)
+    return f'<small markdown="span">{text}</small>' if text else ""
