@@ -230,6 +230,7 @@ def api(session: nox.Session, package: str) -> None:
 def docs(session: nox.Session) -> None:
     """Site with --strict, formulas through KaTeX, doctests, README and docs snippets."""
     _sync(session, "--all-packages", "--group", "docs", "--group", "test")
+    session.run("python", "docs/tools/readme_table.py", "--check")
     session.run("python", "docs/tools/api_pages.py", env=ONE_THREAD)
     session.run("mkdocs", "build", "--strict", "--quiet", env=ONE_THREAD)
     if shutil.which("node"):

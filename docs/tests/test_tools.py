@@ -78,7 +78,7 @@ def test_a_row_shows_published_ours_and_configuration(folder):
     text = table()
     assert "0.2500 ± 0.0010<sup>1</sup>" in text
     assert "0.2526 ± 0.0022<br>n = 5" in text
-    assert "name=bpr, l2=0.03" in text
+    assert "loss bpr, l2 0.03" in text
     assert "<sup>1</sup> [A paper, Table 1](https://example.org)" in text
     assert "torch 2.15, commit 0123456789, finished 2026-11-24" in text
 
@@ -115,9 +115,9 @@ def test_benchmarks_and_picture_hold_every_method(folder):
     drawn = results_tables.picture(file="cpu", case="lastfm-mf", metric="recall@20", title="Recall")
     for name in ("bpr", "ssm"):
         assert name in text
-        assert f">{name}</text>" in drawn
+        assert f"<span>{name}</span>" in drawn
     assert drawn.count('class="base"') == 1
-    assert drawn.count("whisker") == 1  # one seed has no deviation
+    assert drawn.count('class="whisker"') == 1  # one seed has no deviation
 
 
 def test_api_pages_names_missing_docstrings_exports_and_pages(tmp_path):

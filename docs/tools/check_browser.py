@@ -45,12 +45,10 @@ STATE = """(() => ({
   formulas: document.querySelectorAll('.arithmatex').length,
   rendered: document.querySelectorAll('.arithmatex .katex').length,
   broken: [...document.images].filter(i => i.complete && !i.naturalWidth).map(i => i.src),
-  wide: [...document.querySelectorAll('body *')].filter(e => {
-    if (e.getBoundingClientRect().right <= innerWidth + 1) return false;
-    for (let p = e; p && p !== document.body; p = p.parentElement)
-      if (getComputedStyle(p).overflowX !== 'visible' || getComputedStyle(p).position === 'fixed') return false;
-    return true;
-  }).slice(0, 3).map(e => e.tagName + '.' + e.className),
+  wide: [...document.querySelectorAll('article *')]
+    .filter(e => e.getBoundingClientRect().right > innerWidth + 1 && e.parentElement.getBoundingClientRect().right <= innerWidth + 1)
+    .filter(e => getComputedStyle(e.parentElement).overflowX === 'visible')
+    .slice(0, 3).map(e => (e.tagName + ' ' + e.className).trim()),
 }))()"""
 
 
@@ -134,9 +132,7 @@ class Browser:
     def open(self, url: str, width: int, height: int = 900) -> None:
         """Load a page at a window size."""
         self.events.clear()
-        self.call(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
-        )
+        self.resize(width, height)
         self.call("Page.navigate", url=url)
         if not self.wait(
             f"location.href.split('#')[0] === {json.dumps(url)} && document.readyState === 'complete'", 20
@@ -147,10 +143,19 @@ class Browser:
 
     def screenshot(self, path: Path, *, full: bool = True) -> None:
         """Write a PNG of the page, the whole of it unless `full` is False."""
+        if full:
+            size = self.call("Page.getLayoutMetrics")
+            self.resize(size["cssLayoutViewport"]["clientWidth"], max(900, int(size["cssContentSize"]["height"])))
         time.sleep(0.4)  # the theme fades its tabs in
-        shot = self.call("Page.captureScreenshot", format="png", captureBeyondViewport=full)
+        shot = self.call("Page.captureScreenshot", format="png")
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(base64.b64decode(shot["data"]))
+
+    def resize(self, width: int, height: int) -> None:
+        """Give the page a window of this size."""
+        self.call(
+            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
+        )
 
     def complaints(self, origin: str) -> list[str]:
         """Console errors and warnings, exceptions, failed loads, and requests that leave `origin`."""

@@ -110,25 +110,29 @@ def render(kind: str, spec: dict[str, Any]) -> str:
 
 def results(*, file: str, metrics: list[str], rows: list[dict[str, str]]) -> str:
     """Published figures beside ours, one row per setting; a row names a `published` figure, a cell of `ours`, or both."""
-    measured = load(file)
     sources: dict[str, str] = {}
+    about: dict[str, None] = {}
     names = "<br>".join(_heading(m) for m in metrics)
     lines = ["| setting | metric | published | ours | configuration |", "|---|---|---|---|---|"]
     for row in rows:
-        unknown = row.keys() - {"label", "published", "ours"}
+        unknown = row.keys() - {"label", "published", "ours", "file"}
         if unknown:
             raise ValueError(f"unknown keys {sorted(unknown)} in row {row['label']!r}")
         published, ours, configuration = "–", "–", ""
         if "published" in row:
             published = _published(row["published"], metrics, sources)
         if "ours" in row:
-            ours, configuration = _ours(measured, file, row["ours"], metrics)
+            name = row.get("file", file)
+            measured = load(name)
+            ours, configuration = _ours(measured, name, row["ours"], metrics)
+            if measured is not None:
+                about[measured.about] = None
         elif "published" in row:
             ours = "not attempted"
         lines.append(f"| {row['label']} | {names} | {published} | {ours} | {configuration} |")
     notes = [f"{mark} {text}." for text, mark in sources.items()]
-    if measured is not None:
-        notes.append(f"Ours: mean ± standard deviation over n seeds. {measured.about}")
+    if about:
+        notes.append(f"Ours: mean ± standard deviation over n seeds. {' '.join(about)}")
     return _table(lines) + "\n\n" + _small(notes)
 
 
@@ -159,42 +163,46 @@ def picture(*, file: str, case: str, metric: str, title: str) -> str:
         f"{html.escape(chosen.title)}. Whiskers: one standard deviation. {measured.about} "
         f'<a href="benchmarks/#{_anchor(file, chosen)}">All figures</a>.'
     )
-    return f'<figure class="ballast-figure" markdown="0">{_bars(chosen, metric, title)}<figcaption>{caption}</figcaption></figure>'
+    heading = f"<strong>{html.escape(title)}</strong>"
+    return (
+        f'<figure class="ballast-figure" markdown="0">{heading}{_bars(chosen, metric)}'
+        f"<figcaption>{caption}</figcaption></figure>"
+    )
 
 
-def _bars(case: Case, metric: str, title: str) -> str:
+def _bars(case: Case, metric: str) -> str:
     bars = [(m.name, m.metrics[metric]) for m in case.methods.values() if metric in m.metrics]
-    top = max(s.mean + (s.std or 0.0) for _, s in bars)
-    left, width, step = 110, 420, 26
-    scale = width / top if top > 0 else 0.0
-    parts = [f'<text x="0" y="14" font-size="13" font-weight="600">{html.escape(title)}</text>']
-    for i, (name, stat) in enumerate(bars):
-        y = 28 + i * step
+    top = max(stat.mean + (stat.std or 0.0) for _, stat in bars) or 1.0
+    rows = []
+    for name, stat in bars:
         kind = "base" if name == case.baseline else "ours"
-        end = left + stat.mean * scale
-        parts.append(f'<text x="{left - 8}" y="{y + 13}" font-size="12" text-anchor="end">{html.escape(name)}</text>')
-        parts.append(f'<rect class="{kind}" x="{left}" y="{y}" width="{stat.mean * scale:.1f}" height="17" rx="2"/>')
-        reach = (stat.std or 0.0) * scale
-        if reach > 0:
-            parts.append(f'<path class="whisker" d="M{end - reach:.1f} {y + 8.5}H{end + reach:.1f}"/>')
-        parts.append(f'<text x="{end + reach + 6:.1f}" y="{y + 13}" font-size="12">{stat.mean:.3f}</text>')
-    height = 32 + len(bars) * step
-    parts.append(f'<path class="axis" fill="none" d="M{left} 24V{height - 4}"/>')
-    return f'<svg viewBox="0 0 600 {height}" role="img" aria-label="{html.escape(title)}">{"".join(parts)}</svg>'
+        length, reach = 100 * stat.mean / top, 100 * (stat.std or 0.0) / top
+        whisker = f'<i class="whisker" style="left:{length - reach:.2f}%;width:{2 * reach:.2f}%"></i>' if reach else ""
+        rows.append(
+            f'<div class="bars"><span>{html.escape(name)}</span><span class="track">'
+            f'<i class="{kind}" style="width:{length:.2f}%"></i>{whisker}</span><span>{stat.mean:.3f}</span></div>'
+        )
+    return "".join(rows)
 
 
 def _case_table(case: Case) -> str:
     names = [m["name"] for m in case.metrics]
     arrows = {m["name"]: "↑" if m["better"] == "higher" else "↓" for m in case.metrics}
+    labels = {m["name"]: m.get("label") or _heading(m["name"]) for m in case.metrics}
     digits = {m["name"]: m["digits"] for m in case.metrics}
-    lines = ["| method | " + " | ".join(f"{_heading(n)} {arrows[n]}" for n in names) + " | n | settings |"]
+    flat = {method.name: _flat(method.settings) for method in case.methods.values()}
+    first = next(iter(flat.values()), {})
+    common = {k: v for k, v in first.items() if len(flat) > 1 and all(f.get(k) == v for f in flat.values())}
+    lines = ["| method | " + " | ".join(f"{labels[n]} {arrows[n]}" for n in names) + " | n | settings |"]
     lines.append("|---" * (len(names) + 3) + "|")
     for method in case.methods.values():
         cells = [_stat(method.metrics[n], digits[n]) if n in method.metrics else "–" for n in names]
         n = max((s.n for s in method.metrics.values()), default=0)
         mark = " (baseline)" if method.name == case.baseline else ""
-        lines.append(f"| {method.name}{mark} | " + " | ".join(cells) + f" | {n} | {_settings(method.settings)} |")
-    return _table(lines)
+        own = {k: v for k, v in flat[method.name].items() if k not in common}
+        lines.append(f"| {method.name}{mark} | " + " | ".join(cells) + f" | {n} | {_settings(own)} |")
+    note = _small([f"All methods: {_settings(common)}."]) if common else ""
+    return "\n\n".join(part for part in (_table(lines), note) if part)
 
 
 def _ours(measured: ResultFile | None, file: str, reference: str, metrics: Iterable[str]) -> tuple[str, str]:
@@ -254,14 +262,20 @@ def _stat(stat: Stat, digits: int = 4) -> str:
     return f"{stat.mean:.{digits}f} ± {stat.std:.{digits}f}"
 
 
-def _settings(settings: dict[str, Any]) -> str:
-    flat: list[str] = []
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """One level: {"loss": {"name": "ssm", "temperature": 0.2}} becomes {"loss": "ssm", "temperature": 0.2}."""
+    flat: dict[str, Any] = {}
     for key, value in settings.items():
         if isinstance(value, dict):
-            flat += [f"{inner}={_value(v)}" for inner, v in value.items()]
+            flat |= {key if inner == "name" else inner: v for inner, v in _flat(value).items()}
         else:
-            flat.append(f"{key}={_value(value)}")
-    return html.escape(", ".join(flat)).replace("|", "\\|").replace("_", "\\_")
+            flat[key] = value
+    return flat
+
+
+def _settings(settings: dict[str, Any]) -> str:
+    text = ", ".join(f"{key} {_value(value)}" for key, value in _flat(settings).items())
+    return html.escape(text).replace("|", "\\|").replace("_", "\\_")
 
 
 def _value(value: Any) -> str:

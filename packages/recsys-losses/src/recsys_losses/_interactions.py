@@ -163,7 +163,7 @@ class EdgeSet:
             raise ValueError(f"num_items must be at least 1, got {num_items!r}")
         check_edges("edge_index", edge_index, None, num_items)
         self.num_items = num_items
-        self.keys = torch.unique(edge_keys(edge_index, num_items))
+        self.keys: Tensor = torch.unique(edge_keys(edge_index, num_items))
 
     def __len__(self) -> int:
         return self.keys.numel()
@@ -201,13 +201,13 @@ class EdgeSet:
         if item.ndim == user.ndim + 1:
             user = user.unsqueeze(-1)
         try:
-            user, item = torch.broadcast_tensors(user, item)
+            torch.broadcast_shapes(user.shape, item.shape)
         except RuntimeError:
             raise ValueError(
                 f"shapes of user {tuple(user.shape)} and item {tuple(item.shape)} do not broadcast"
             ) from None
-        if len(self) == 0:
-            return torch.zeros(item.shape, dtype=torch.bool, device=item.device)
         keys = user.long() * self.num_items + item
+        if len(self) == 0:
+            return torch.zeros(keys.shape, dtype=torch.bool, device=keys.device)
         position = torch.searchsorted(self.keys, keys).clamp_(max=len(self) - 1)
         return (self.keys[position] == keys) & (item >= 0) & (item < self.num_items)

@@ -304,6 +304,7 @@ def _floor_share(share: float, size: Tensor) -> Tensor:
 
 def _first_appearances(ids: Tensor) -> Tensor:
     """Return the distinct ids in order of first appearance."""
+    values: Tensor
     values, inverse = torch.unique(ids, return_inverse=True)
     first = torch.full_like(values, ids.numel()).scatter_reduce_(0, inverse, torch.arange(ids.numel()), "amin")
     return values[torch.argsort(first)]

@@ -14,8 +14,6 @@ import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor
 
-_ROWS = 64
-_COLUMNS = 64
 _PROGRAMS = 512  # about four for each multiprocessor of a large GPU
 
 
@@ -156,29 +154,33 @@ def _item_kernel(  # type: ignore[no-untyped-def]
         tl.store(grad_bias + col, acc_bias, mask=col_ok)
 
 
-def _shape(user: Tensor, item: Tensor, bias: Tensor | None, exclude: Tensor | None) -> dict[str, Any]:
+def _shape(user: Tensor, bias: Tensor | None, exclude: Tensor | None) -> dict[str, Any]:
     """Return the compile-time parameters shared by the kernels."""
+    dim = max(16, triton.next_power_of_2(user.shape[1]))
+    side = 64 if dim <= 64 else 32  # keeps a program under 70 KB of shared memory
     return {
         "HAS_BIAS": bias is not None,
         "HAS_EXCLUDE": exclude is not None,
-        "ROWS": _ROWS,
-        "COLUMNS": _COLUMNS,
-        "DIM": max(16, triton.next_power_of_2(user.shape[1])),
+        "ROWS": side,
+        "COLUMNS": side,
+        "DIM": dim,
+        "enable_fp_fusion": True,
     }
 
 
-def _splits(rows: int, items: int) -> tuple[int, int, int]:
-    """Return (row blocks, parts of the item axis, items per part)."""
-    row_blocks = triton.cdiv(rows, _ROWS)
-    wanted = max(1, min(triton.cdiv(_PROGRAMS, row_blocks), triton.cdiv(items, _COLUMNS)))
-    per_split = triton.cdiv(triton.cdiv(items, wanted), _COLUMNS) * _COLUMNS
+def _splits(rows: int, items: int, side: int) -> tuple[int, int, int]:
+    """Return (row blocks, parts of the item axis, items per part) for square blocks of scores."""
+    row_blocks = triton.cdiv(rows, side)
+    wanted = max(1, min(triton.cdiv(_PROGRAMS, row_blocks), triton.cdiv(items, side)))
+    per_split = triton.cdiv(triton.cdiv(items, wanted), side) * side
     return row_blocks, triton.cdiv(items, per_split), per_split
 
 
 def forward(user: Tensor, item: Tensor, bias: Tensor | None, exclude: Tensor | None) -> Tensor:
     """Return the log-sum-exp (B,) of float32 users against a float32 or half-precision item table."""
     user, item = user.contiguous(), item.contiguous()
-    row_blocks, splits, per_split = _splits(len(user), len(item))
+    shape = _shape(user, bias, exclude)
+    row_blocks, splits, per_split = _splits(len(user), len(item), shape["ROWS"])
     partial = user.new_empty(splits, len(user))
     _forward_kernel[(row_blocks, splits)](
         user,
@@ -190,7 +192,7 @@ def forward(user: Tensor, item: Tensor, bias: Tensor | None, exclude: Tensor | N
         len(item),
         user.shape[1],
         per_split,
-        **_shape(user, item, bias, exclude),
+        **shape,
     )
     return torch.logsumexp(partial, 0)
 
@@ -209,13 +211,13 @@ def backward(
         lse.masked_fill(empty, 0),
         grad.contiguous().masked_fill(empty, 0),
     )
-    shape = _shape(user, item, bias, exclude)
-    row_blocks, splits, per_split = _splits(len(user), len(item))
+    shape = _shape(user, bias, exclude)
+    row_blocks, splits, per_split = _splits(len(user), len(item), shape["ROWS"])
     partial = user.new_empty(splits, *user.shape)
     _user_kernel[(row_blocks, splits)](*inputs, partial, len(user), len(item), user.shape[1], per_split, **shape)
     grad_item = torch.empty_like(item, dtype=user.dtype)
     grad_bias = None if bias is None else torch.empty_like(bias)
-    _item_kernel[(triton.cdiv(len(item), _COLUMNS),)](
+    _item_kernel[(triton.cdiv(len(item), shape["COLUMNS"]),)](
         *inputs,
         grad_item,
         user if grad_bias is None else grad_bias,

@@ -40,7 +40,7 @@ _ROWS = 1024
 _COLUMNS = 512
 _GPU_ROWS = 16384
 _GPU_COLUMNS = 8192
-_TRITON_MAX_DIM = 256
+_TRITON_MAX_DIM = 128
 
 
 class BlockedScores(NamedTuple):
@@ -307,7 +307,7 @@ def blocked_log_sum_exp(
             Ids outside the table (such as -1) leave nothing out.
         block_size: Items per block of the torch implementation; the default suits caches of 1 to 2 MB per core (512)
             and GPUs (8,192). It changes memory and time, not the result.
-        impl: `"torch"`, `"triton"` (CUDA, d <= 256, not float64, `exclude` not in pairs), or `"auto"`, which takes
+        impl: `"torch"`, `"triton"` (CUDA, d <= 128, not float64, `exclude` not in pairs), or `"auto"`, which takes
             Triton where it can run and torch elsewhere.
 
     Returns:

@@ -182,7 +182,7 @@ def load_dataset(
 
     Example:
         >>> load_dataset("synthetic", None).num_items
-        800
+        400
     """
     check_choice("data set", name, _BY_NAME)
     check_choice("split", split, SPLITS)

@@ -285,8 +285,8 @@ class SSMLoss(nn.Module):
 def _row_loss(pos: Tensor, neg: Tensor, hidden: Tensor | None, *, include_positive: bool = True) -> Tensor:
     """Return the loss of each row of logits, `(B,)` and `(B, N)`, without the hidden columns."""
     if hidden is not None:
-        # Not -inf where the positive is included: a row without negatives would have the gradient inf - inf there.
-        # With the lowest finite number its loss and its gradient are 0.
+        # A row without negatives has loss 0 and gradient 0 if the positive is included: with the lowest finite number
+        # the backward pass gets there without the NaN of inf - inf on the way.
         neg = neg.masked_fill(hidden, torch.finfo(neg.dtype).min if include_positive else -torch.inf)
     if not include_positive:
         return neg.logsumexp(1) - pos

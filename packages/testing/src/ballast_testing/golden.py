@@ -384,7 +384,8 @@ def _arguments(case: GoldenCase, parameters: Mapping[str, inspect.Parameter], ad
     for name, value in case.inputs.items():
         parameter = parameters.get(name)
         want = wanted(parameter)
-        want = adapter.want.get(name, want) if want == "auto" else want
+        if want == "auto" or (want == "python" and name in learned):
+            want = adapter.want.get(name, "auto")
         needs_tensor = name in learned or (isinstance(value, (int, float)) and takes_only_tensor(parameter))
         if needs_tensor and isinstance(value, (int, float)) and name not in learned:
             arguments[name] = to_argument(name, [value], "tensor", dtype=case.dtype).squeeze(0)

@@ -395,14 +395,13 @@ def test_command_line(toy: Path) -> None:
             [*command, *arguments], capture_output=True, text=True, timeout=120, check=False, env=environment
         )
 
-    bad = copy.deepcopy(SQUARED)
-    bad["cases"][0]["expected"]["loss"] = 2.6
-    write(toy, bad)
+    (toy.parent / "src" / "toy_pkg" / "plain.py").write_text("def twice(x):\n    return 2 * x\n")
+    write(toy, vector("plain.twice", {"x": 2.0}, {"output": 4.1}))
     done = call(str(toy))
     assert done.returncode == 1
     assert "FAILED  toy-pkg/file.json" in done.stdout
-    assert "loss: got 2.5, expected 2.6" in done.stdout
-    write(toy, SQUARED)
+    assert "output: got 4.0, expected 4.1" in done.stdout
+    write(toy, vector("plain.twice", {"x": 2.0}, {"output": 4.0}))
     assert call(str(toy), "--package", "toy-pkg").returncode == 0
     empty = toy.parent / "empty"
     empty.mkdir()

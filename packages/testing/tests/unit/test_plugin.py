@@ -18,10 +18,13 @@ GPU = "import pytest\n@pytest.mark.gpu\ndef test_gpu():\n    raise AssertionErro
 NETWORK = GPU.replace("gpu", "network").replace("raise AssertionError('ran')", "pass")
 
 
+OURS = ("-p", "ballast_testing.plugin")
+
+
 @pytest.fixture(autouse=True)
-def _only_our_plugin(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
+def _only_our_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading every installed plugin anew takes seconds per inner run."""
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
-    pytester.plugins.append("ballast_testing.plugin")
 
 
 def test_gpu_tests_are_skipped_with_a_reason(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,7 +32,7 @@ def test_gpu_tests_are_skipped_with_a_reason(pytester: pytest.Pytester, monkeypa
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     pytester.makepyfile(GPU)
-    result = pytester.runpytest_inprocess("-rs")
+    result = pytester.runpytest_inprocess(*OURS, "-rs")
     result.assert_outcomes(passed=1, skipped=1)
     result.stdout.fnmatch_lines("*needs CUDA; torch.cuda.is_available() is False*")
 
@@ -39,24 +42,24 @@ def test_gpu_tests_run_where_there_is_one(pytester: pytest.Pytester, monkeypatch
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     pytester.makepyfile(GPU)
-    pytester.runpytest_inprocess().assert_outcomes(passed=1, failed=1)
+    pytester.runpytest_inprocess(*OURS).assert_outcomes(passed=1, failed=1)
 
 
 def test_network_tests_run_only_when_asked(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(NETWORK)
-    result = pytester.runpytest_inprocess("-rs")
+    result = pytester.runpytest_inprocess(*OURS, "-rs")
     result.assert_outcomes(passed=1, skipped=1)
     result.stdout.fnmatch_lines("*needs the internet; run with --network*")
-    pytester.runpytest_inprocess("--network").assert_outcomes(passed=2)
-    pytester.runpytest_inprocess("-m", "network").assert_outcomes(passed=1, deselected=1)
-    pytester.runpytest_inprocess("-m", "not network").assert_outcomes(passed=1, deselected=1)
+    pytester.runpytest_inprocess(*OURS, "--network").assert_outcomes(passed=2)
+    pytester.runpytest_inprocess(*OURS, "-m", "network").assert_outcomes(passed=1, deselected=1)
+    pytester.runpytest_inprocess(*OURS, "-m", "not network").assert_outcomes(passed=1, deselected=1)
 
 
 def test_torch_gets_one_thread(pytester: pytest.Pytester) -> None:
     pytester.makepyfile(
         "import torch\ntorch.set_num_threads(2)\ndef test_one():\n    assert torch.get_num_threads() == 1\n"
     )
-    pytester.runpytest_inprocess().assert_outcomes(passed=1)
+    pytester.runpytest_inprocess(*OURS).assert_outcomes(passed=1)
 
 
 def test_torch_is_not_imported_for_those_who_need_none(tmp_path: Path) -> None:
@@ -87,6 +90,6 @@ def test_data_root_is_searched_upwards(tmp_path: Path, monkeypatch: pytest.Monke
 def test_data_root_skips_with_a_reason(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BALLAST_DATA", str(pytester.path / "nowhere"))
     pytester.makepyfile("def test_data(data_root):\n    raise AssertionError('ran')\n")
-    result = pytester.runpytest_inprocess("-rs")
+    result = pytester.runpytest_inprocess(*OURS, "-rs")
     result.assert_outcomes(skipped=1)
     result.stdout.fnmatch_lines("*real data not found*nowhere*")

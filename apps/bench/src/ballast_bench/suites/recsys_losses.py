@@ -1,0 +1,480 @@
+"""Cases of recsys-losses: one recommender trained with each loss, everything else equal.
+
+Protocol: fixed numbers of epochs, chosen beforehand on validation pairs or taken from the reference runs; training on all
+train pairs; the test pairs are looked at for the learning curves, but nothing is selected on them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ballast_bench.case import Case, CellInput, CellOutput, Metric, Published, SkipCell, Sweep
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from recsys_losses.data import InteractionData
+
+__all__ = ["cpu", "gpu", "quick", "train"]
+
+_RUN = "ballast_bench.suites.recsys_losses:train"
+_RECALL = Metric("recall@20")
+_NDCG = Metric("ndcg@20")
+_ARP = Metric("arp@20", better="lower", label="popularity (ARP@20)", digits=1, tolerance=0.03)
+_TAIL = Metric("tail_recall@20", label="tail recall@20")
+_SECONDS = Metric("train_seconds", better="lower", label="train s", digits=1, tested=False, tolerance=0.25)
+_METRICS = (_RECALL, _NDCG, _ARP, _SECONDS)
+_TRADEOFF = ("arp@20", "recall@20")
+_CURVE_POINTS = 8
+_TAIL_GROUPS, _GROUPS = 5, 10
+
+_UNIFORM = {"negatives": "uniform", "num_negatives": 512, "shared_negatives": True}
+_LOSSES: dict[str, dict[str, Any]] = {
+    "BPR": {"name": "bpr", "similarity": "dot", "exclude_positives": True},
+    "BCE": {"name": "bce", "similarity": "dot", "negatives": "uniform", "num_negatives": 4, "shared_negatives": False},
+    "Softmax (SL)": {"name": "softmax", "temperature": 0.2, **_UNIFORM},
+    "SSM uniform": {"name": "ssm", "temperature": 0.2, **_UNIFORM},
+    "SSM in-batch": {"name": "ssm", "temperature": 0.3, "negatives": "in-batch"},
+    "SSM in-batch+logQ": {"name": "ssm", "temperature": 0.2, "negatives": "in-batch", "logq": True},
+    "BSL": {"name": "bsl", "temperature": 0.2, "power": 1.1, "bsl_mode": "multi", **_UNIFORM},
+    "Adap-tau": {"name": "adap-tau", "beta": 1.0, "warmup_epochs": 8, **_UNIFORM},
+    "CPR": {"name": "cpr", "similarity": "dot"},
+}
+
+
+def quick() -> tuple[Case, ...]:
+    """Generated data with a known exposure bias and an unbiased test set; no files needed."""
+    note = (
+        "600 users and 800 items with known preferences; what a user clicks also depends on how often an item was shown "
+        "(power law), while the test pairs are a uniform sample of what the users like. A method that learns the "
+        "preferences instead of the exposure has a higher recall at a lower popularity (ARP). Each seed generates its "
+        "own data. Epochs and settings were fixed beforehand on other seeds."
+    )
+    epochs = {
+        "BPR": 40,
+        "BCE": 40,
+        "Softmax (SL)": 25,
+        "SSM uniform": 25,
+        "SSM in-batch": 25,
+        "SSM in-batch+logQ": 25,
+        "BSL": 25,
+        "Adap-tau": 25,
+        "CPR": 30,
+    }
+    dot = {"BPR", "BCE", "CPR", "SSM in-batch"}
+    methods = {
+        name: _settings(name, model="mf", epochs=number, score="dot" if name in dot else "cosine")
+        for name, number in epochs.items()
+    }
+    graph = {
+        name: _settings(name, model="lightgcn", layers=2, epochs=8, score="dot")
+        for name in ("BPR", "SSM in-batch+logQ")
+    }
+    return (
+        _case(
+            "synthetic-mf",
+            "Matrix factorisation on generated clicks",
+            "synthetic",
+            methods,
+            note=note,
+            seeds=(0, 1, 2),
+            expected=7,
+        ),
+        _case(
+            "synthetic-lightgcn",
+            "LightGCN on generated clicks",
+            "synthetic",
+            graph,
+            note=note,
+            seeds=(0,),
+            expected=12,
+        ),
+    )
+
+
+def cpu() -> tuple[Case, ...]:
+    """Real data on a CPU: the comparison of all losses, noise, popularity bias, and one large data set."""
+    return (
+        *_comparison(),
+        *_noise(),
+        *_popularity(),
+        _gowalla("cpu", epochs=8, budget=1500, expected=700),
+    )
+
+
+def gpu() -> tuple[Case, ...]:
+    """The same shapes on a CUDA device, and Gowalla at full length."""
+    small = tuple(_on_gpu(case) for case in (*_comparison(), *_noise(), *_popularity()))
+    return (*small, _gowalla("cuda", epochs=200, budget=3600, expected=600), _gowalla_mf())
+
+
+def _settings(
+    method: str,
+    *,
+    model: str,
+    epochs: int,
+    score: str,
+    layers: int = 3,
+    lr: float = 5e-3,
+    batch_size: int = 1024,
+    l2: float | None = None,
+    loss: Mapping[str, Any] | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """Return the settings of a method as JSON values; they are part of the cells' keys."""
+    fit: dict[str, Any] = {"epochs": epochs, "batch_size": batch_size, "lr": lr}
+    if l2 is not None:
+        fit["l2"] = l2
+    elif method in ("BPR", "BCE"):
+        fit["l2"] = 0.03
+    elif method == "CPR":
+        fit.update(l2=0.01, l2_on="table")
+    architecture = {"name": model} if model == "mf" else {"name": model, "num_layers": layers}
+    return {"model": architecture, "loss": {**_LOSSES[method], **(loss or {})}, "fit": fit, "score": score, **more}
+
+
+def _case(name: str, title: str, dataset: str, methods: dict[str, dict[str, Any]], **fields: Any) -> Case:
+    base: dict[str, Any] = {
+        "package": "recsys_losses",
+        "run": _RUN,
+        "baseline": "BPR",
+        "metrics": _METRICS,
+        "tradeoff": _TRADEOFF,
+        "published": _published(name),
+        **fields,
+    }
+    return Case(name=name, title=title, dataset=dataset, methods=methods, **base)
+
+
+# Epochs and scores of the reference runs (protocol, section 9); the methods it has no row for take those of their
+# nearest relative: BCE as BPR, SL, BSL and Adap-tau as SSM with uniform negatives, CPR from its own row.
+_MF = {
+    "ml-100k": {
+        "BPR": (80, "dot"),
+        "BCE": (80, "dot"),
+        "Softmax (SL)": (20, "cosine"),
+        "SSM uniform": (20, "cosine"),
+        "SSM in-batch": (16, "dot"),
+        "SSM in-batch+logQ": (16, "dot"),
+        "BSL": (20, "cosine"),
+        "Adap-tau": (20, "cosine"),
+        "CPR": (40, "dot"),
+    },
+    "lastfm": {
+        "BPR": (150, "dot"),
+        "BCE": (150, "dot"),
+        "Softmax (SL)": (16, "cosine"),
+        "SSM uniform": (16, "cosine"),
+        "SSM in-batch": (36, "dot"),
+        "SSM in-batch+logQ": (16, "cosine"),
+        "BSL": (16, "cosine"),
+        "Adap-tau": (16, "cosine"),
+        "CPR": (40, "dot"),
+    },
+}
+_LIGHTGCN_EPOCHS = {
+    "BPR": 30,
+    "BCE": 30,
+    "Softmax (SL)": 10,
+    "SSM uniform": 10,
+    "SSM in-batch": 10,
+    "SSM in-batch+logQ": 10,
+    "BSL": 10,
+    "Adap-tau": 10,
+    "CPR": 15,
+}
+_MF_SECONDS = {"ml-100k": 12.0, "lastfm": 15.0}
+_LIGHTGCN_SECONDS = {"ml-100k": 25.0, "lastfm": 25.0}
+
+
+def _comparison() -> tuple[Case, ...]:
+    cases = []
+    for dataset, plan in _MF.items():
+        methods = {name: _settings(name, model="mf", epochs=n, score=score) for name, (n, score) in plan.items()}
+        note = (
+            "d = 64, batch 1024, Adam 5e-3. Epochs, temperature and L2 of BPR and SSM were chosen on validation pairs in "
+            "the reference runs; the other losses take those of their nearest relative and are not tuned, so that small "
+            "differences between them mean little."
+        )
+        cases.append(
+            _case(
+                f"{dataset}-mf",
+                f"Matrix factorisation on {dataset}",
+                dataset,
+                methods,
+                note=note,
+                seeds=(0, 1, 2, 3, 4),
+                expected=_MF_SECONDS[dataset],
+                budget=600,
+            )
+        )
+    for dataset in _MF:
+        methods = {
+            name: _settings(name, model="lightgcn", layers=2, epochs=epochs, score="dot", l2=1e-4)
+            for name, epochs in _LIGHTGCN_EPOCHS.items()
+        }
+        note = (
+            "LightGCN with 2 layers, d = 64, batch 1024, Adam 5e-3, L2 1e-4, few epochs for the time budget: a comparison "
+            "at equal settings, not of tuned methods."
+        )
+        cases.append(
+            _case(
+                f"{dataset}-lightgcn",
+                f"LightGCN on {dataset}",
+                dataset,
+                methods,
+                note=note,
+                seeds=(0, 1, 2, 3, 4),
+                expected=_LIGHTGCN_SECONDS[dataset],
+                budget=900,
+            )
+        )
+    return tuple(cases)
+
+
+def _noise() -> tuple[Case, ...]:
+    note = (
+        "False positives: random items added to each user's train pairs, the test pairs stay clean; the noise is drawn "
+        "anew per seed. SL and BSL share everything but the treatment of the positive scores (power 1 and 1.1)."
+    )
+    return tuple(
+        _case(
+            f"lastfm-noise-{percent}",
+            "Positive noise on lastfm: SL and BSL",
+            "lastfm",
+            {
+                name: _settings(name, model="mf", epochs=16, score="cosine", noise=percent / 100)
+                for name in ("Softmax (SL)", "BSL")
+            },
+            baseline="Softmax (SL)",
+            metrics=(_RECALL, _NDCG, _SECONDS),
+            tradeoff=None,
+            note=note,
+            seeds=(0, 1, 2),
+            expected=11,
+            sweep=Sweep("lastfm-noise", "false positives added, %", percent),
+        )
+        for percent in (0, 10, 20, 30, 40)
+    )
+
+
+def _popularity() -> tuple[Case, ...]:
+    note = (
+        "Test pairs drawn against popularity (weights min(1/count, 1/median count)), so that recommending what is popular "
+        "does not pay. Tail recall is the part of recall@20 that comes from the less popular items which together hold "
+        "half of the train interactions. BPR and CPR have equal d, batch and learning rate; neither is tuned on this split."
+    )
+    plan = {
+        "BPR": (60, "dot"),
+        "SSM uniform": (16, "cosine"),
+        "SSM in-batch": (16, "dot"),
+        "CPR": (40, "dot"),
+    }
+    return tuple(
+        _case(
+            f"{dataset}-unbiased",
+            f"Popularity bias on {dataset}, debiased split",
+            dataset,
+            {
+                name: _settings(name, model="mf", epochs=n, score=score, split="unbiased")
+                for name, (n, score) in plan.items()
+            },
+            metrics=(_RECALL, _TAIL, _ARP, _NDCG, _SECONDS),
+            note=note,
+            seeds=(0, 1, 2),
+            expected=15,
+        )
+        for dataset in ("ml-100k", "lastfm")
+    )
+
+
+def _gowalla(device: str, *, epochs: int, budget: float, expected: float) -> Case:
+    settings = {
+        "SSM in-batch": _settings(
+            "SSM in-batch",
+            model="lightgcn",
+            layers=1,
+            epochs=epochs,
+            score="dot",
+            lr=1e-3 if device == "cuda" else 5e-3,
+            batch_size=2048,
+            l2=1e-5,
+            loss={"temperature": 0.12},
+            device=device,
+        )
+    }
+    return _case(
+        "gowalla-lightgcn1" if device == "cpu" else "gowalla-lightgcn1-full",
+        "Gowalla, LightGCN-1 with in-batch SSM",
+        "gowalla",
+        settings,
+        baseline="SSM in-batch",
+        note=(
+            f"29,858 users, 40,981 items, 810,128 train pairs; {epochs} epochs"
+            + (" only, for the time budget: the published runs have about 200." if device == "cpu" else ".")
+        ),
+        seeds=(0,),
+        tradeoff=None,
+        budget=budget,
+        expected=expected,
+    )
+
+
+def _gowalla_mf() -> Case:
+    shared = {"model": "mf", "lr": 1e-4, "l2": 1e-9, "score": "cosine", "device": "cuda"}
+    negatives = {"num_negatives": 800, "shared_negatives": False}
+    methods = {
+        "BPR": _settings("BPR", model="mf", epochs=300, score="dot", lr=1e-3, l2=1e-4, device="cuda"),
+        "Softmax (SL)": _settings("Softmax (SL)", epochs=270, loss={"temperature": 0.08, **negatives}, **shared),  # type: ignore[arg-type]
+        "BSL": _settings("BSL", epochs=389, loss={"temperature": 0.08, "power": 1.22, **negatives}, **shared),  # type: ignore[arg-type]
+        "Adap-tau": _settings(
+            "Adap-tau",
+            epochs=366,
+            loss={"beta": 0.25, "center": "quantile", "quantile": 0.9, "warmup_epochs": 100, "num_negatives": 1024},
+            batch_size=2048,
+            **shared,  # type: ignore[arg-type]
+        ),
+    }
+    return _case(
+        "gowalla-mf-full",
+        "Gowalla, matrix factorisation at published settings",
+        "gowalla",
+        methods,
+        note="Settings and numbers of epochs of the authors' logs; no dropout, which their runs of SL and BSL had.",
+        seeds=(0,),
+        budget=7200,
+        expected=1500,
+    )
+
+
+def _on_gpu(case: Case) -> Case:
+    methods = {name: {**settings, "device": "cuda"} for name, settings in case.methods.items()}
+    return dataclasses.replace(case, name=f"{case.name}-gpu", methods=methods)
+
+
+def _published(case: str) -> tuple[Published, ...]:
+    rows = json.loads(Path(__file__).with_name("published.json").read_text(encoding="utf-8"))["figures"]
+    return tuple(
+        Published(row["method"], row["metric"], row["value"], row["source"], row.get("note", ""))
+        for row in rows
+        if case in row["cases"]
+    )
+
+
+def train(cell: CellInput) -> CellOutput:
+    """Train and test one recommender: one cell of every case here.
+
+    Raises:
+        SkipCell: If the data or the device is absent.
+    """
+    import torch
+    from recsys_losses.training import LossConfig, fit
+
+    torch.set_num_threads(1)
+    settings = cell.settings
+    device = settings.get("device", "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SkipCell("no CUDA device on this machine")
+    data = _load(cell)
+    model = _model(settings["model"], data, cell.seed)
+    curve = _Curve(model, data, settings["score"], settings["fit"]["epochs"])
+    start = time.perf_counter()
+    fit(
+        model,
+        LossConfig(**settings["loss"]),
+        data,
+        **settings["fit"],
+        select_on="none",
+        score_eval=settings["score"],
+        seed=cell.seed,
+        device=device,
+        on_epoch=curve,
+    )
+    seconds = time.perf_counter() - start - curve.seconds
+    metrics = _test(model, data, settings["score"])
+    info = {
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "data_sha256": _hash(data),
+        "users": data.num_users,
+        "items": data.num_items,
+        "train_pairs": data.train.shape[1],
+        "test_pairs": data.test.shape[1],
+        "interactions_per_second": settings["fit"]["epochs"] * data.train.shape[1] / seconds,
+    }
+    return CellOutput({**metrics, "train_seconds": seconds}, tuple(curve.rows), info)
+
+
+def _load(cell: CellInput) -> InteractionData:
+    import dataclasses
+
+    import torch
+
+    from recsys_losses.data import inject_false_positives, load_dataset
+
+    if cell.data_root is None and cell.dataset != "synthetic":
+        raise SkipCell(f"data set {cell.dataset!r} is not here: set BALLAST_DATA or --data-root")
+    try:
+        data = load_dataset(cell.dataset, cell.data_root, split=cell.settings.get("split", "standard"), seed=cell.seed)
+    except FileNotFoundError as error:
+        raise SkipCell(f"data set {cell.dataset!r} is not here: {error}") from error
+    noise = cell.settings.get("noise", 0.0)
+    if noise:
+        data = inject_false_positives(data, noise, torch.Generator().manual_seed(cell.seed))
+    return dataclasses.replace(data, valid=None)
+
+
+def _model(settings: Mapping[str, Any], data: InteractionData, seed: int) -> Any:
+    from recsys_losses.models import LightGCN, MatrixFactorization
+
+    if settings["name"] == "mf":
+        return MatrixFactorization(data.num_users, data.num_items, 64, seed=seed)
+    return LightGCN(data.num_users, data.num_items, data.train, 64, num_layers=settings["num_layers"], seed=seed)
+
+
+class _Curve:
+    """Called after every epoch by `fit`: tests the model at a few epochs, and counts the time that takes."""
+
+    def __init__(self, model: Any, data: InteractionData, score: str, epochs: int) -> None:
+        self._model, self._data, self._score, self._epochs = model, data, score, epochs
+        self._every = max(1, round(epochs / _CURVE_POINTS))
+        self._start = time.perf_counter()
+        self.seconds = 0.0
+        self.rows: list[dict[str, float]] = []
+
+    def __call__(self, row: Mapping[str, Any]) -> None:
+        epoch = int(row["epoch"])
+        if epoch % self._every and epoch != self._epochs:
+            return
+        before = time.perf_counter()
+        tested = _test(self._model, self._data, self._score)
+        self.rows.append(
+            {"epoch": epoch, "seconds": before - self._start - self.seconds, "loss": row["loss"], **tested}
+        )
+        self.seconds += time.perf_counter() - before
+
+
+def _test(model: Any, data: InteractionData, score: str) -> dict[str, float]:
+    import torch
+
+    from recsys_losses.metrics import evaluate_full_ranking, item_group_recall
+
+    with torch.no_grad():
+        user, item = model.embeddings()
+        if score == "cosine":
+            user, item = torch.nn.functional.normalize(user), torch.nn.functional.normalize(item)
+        pairs = data.train.to(user.device), data.test.to(user.device)
+        metrics = evaluate_full_ranking(user, item, *pairs, ks=(20,), metrics=("recall", "ndcg", "arp"))
+        groups = item_group_recall(user, item, *pairs, k=20, num_groups=_GROUPS)
+    return {**metrics, "tail_recall@20": float(groups[:_TAIL_GROUPS].sum())}
+
+
+def _hash(data: InteractionData) -> str:
+    digest = hashlib.sha256(f"{data.num_users} {data.num_items}".encode())
+    for pairs in (data.train, data.test):
+        digest.update(pairs.numpy().tobytes())
+    return digest.hexdigest()
