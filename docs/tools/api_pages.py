@@ -18,6 +18,8 @@ import griffe
 
 DOCS = Path(__file__).resolve().parents[1]
 ROOT = DOCS.parent
+# the page's own title stands for the module
+OPTIONS = "    options: { show_root_heading: false, show_root_toc_entry: false }\n"
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class Package:
 AVAILABLE = (
     Package(
         "recsys-losses",
-        blocks=("baselines", "blocked", "data", "metrics", "models", "sampling", "synthetic", "training"),
+        blocks=("baselines", "blocked", "data", "metrics", "models", "objectives", "sampling", "synthetic", "training"),
         summaries={
             "ssm": "Sampled softmax loss: in-batch, shared or own negatives, logQ, accidental hits",
             "bsl": "Bilateral softmax loss",
@@ -47,6 +49,7 @@ AVAILABLE = (
             "data": "Readers, splits, generated feedback",
             "metrics": "Full-ranking evaluation, top-k, popularity",
             "models": "Matrix factorisation, LightGCN",
+            "objectives": "`LossConfig`: a loss with its negatives, as the trainer and the command use it",
             "sampling": "Negative samplers, membership tests",
             "synthetic": "Generated feedback with known preferences and known exposure bias",
             "training": "`fit`, `evaluate`, checkpoints",
@@ -121,7 +124,7 @@ def generate() -> list[str]:
             overview.append(f"| [`{module.path}`]({package.name}/{module.name}.md) | {summary} |")
             write(
                 f"{package.name}/{module.name}.md",
-                f"---\nsearch: {{ boost: 3 }}\n---\n# {module.path}\n\n::: {module.path}\n",
+                f"---\nsearch: {{ boost: 3 }}\n---\n# {module.path}\n\n::: {module.path}\n{OPTIONS}",
             )
         overview.append("")
         write(f"{package.name}/.nav.yml", "nav:\n" + "".join(f"  - {m.name}.md\n" for m in modules))

@@ -113,7 +113,7 @@ def results(*, file: str, metrics: list[str], rows: list[dict[str, str]]) -> str
     sources: dict[str, str] = {}
     about: dict[str, None] = {}
     names = "<br>".join(_heading(m) for m in metrics)
-    lines = ["| setting | metric | published | ours | configuration |", "|---|---|---|---|---|"]
+    lines = ["| setting | metric | published or reference | ours | configuration |", "|---|---|---|---|---|"]
     for row in rows:
         unknown = row.keys() - {"label", "published", "ours", "file"}
         if unknown:

@@ -1,4 +1,4 @@
-// arithmatex (generic mode) leaves \\(...\\) and \\[...\\] in elements of their own; the vendored KaTeX renders them in place.
+// arithmatex (generic mode) leaves \(...\) and \[...\] in elements of their own; the vendored KaTeX renders them in place.
 for (const element of document.querySelectorAll(".arithmatex")) {
   const text = element.textContent.trim();
   try {

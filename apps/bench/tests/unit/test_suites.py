@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from ballast_bench.case import CellInput, SkipCell, resolve
 from ballast_bench.suites import SUITES, load_suite
 from ballast_bench.suites import recsys_losses as cases

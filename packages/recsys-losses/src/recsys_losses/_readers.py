@@ -434,7 +434,7 @@ def _header_positions(text: _Text, wanted: Sequence[tuple[str, str]]) -> list[in
     types: dict[str, str] = {}
     for field in header.split("\t"):
         name, colon, kind = field.strip().rpartition(":")
-        if not colon or kind not in _FIELD_TYPES:
+        if not colon or ":" in name or kind not in _FIELD_TYPES:
             problem = f"expected a header of tab separated name:type fields (types {', '.join(_FIELD_TYPES)})"
             text.fail(0, f"{problem}, got {field.strip()[:60]!r}{_separator_hint(header, chr(9))}")
         if name in types:

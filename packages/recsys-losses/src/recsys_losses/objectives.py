@@ -214,14 +214,6 @@ class StepLoss(NamedTuple):
         return self.loss if self.penalty is None else self.loss + self.penalty
 
 
-class _Rows(NamedTuple):
-    """Embeddings of our rows of a batch, as the scores use them."""
-
-    user: Tensor  # (P, d)
-    item: Tensor  # (P, d)
-    squares: Tensor | None  # sum of squares that the L2 term counts
-
-
 class PairObjective:
     """Every loss over positive pairs (all but cpr).
 
@@ -319,7 +311,8 @@ class PairObjective:
         if self.config.negatives == "in-batch" and batch.size == 1:  # no other row, nothing to compare with
             return StepLoss((user_table.sum() + item_table.sum()) * 0.0, None)
         if self.config.name in _POINTWISE and not self.draws.shared:
-            row_loss, squares = self._few_negatives(batch, user_id, item_id, user_table, item_table, keep)
+            count = self._counts_rows(model)
+            row_loss, squares = self._few_negatives(batch, user_id, item_id, user_table, item_table, keep, count=count)
         else:
             user = user_table.index_select(0, user_id)
             item = item_table.index_select(0, item_id)
@@ -391,6 +384,8 @@ class PairObjective:
         user_table: Tensor,
         item_table: Tensor,
         keep: Tensor | None,
+        *,
+        count: bool,
     ) -> tuple[Tensor, Tensor | None]:
         """Return row losses of bpr and bce with own negatives, and the sum of squares: one lookup for all items."""
         assert batch.negative is not None  # noqa: S101  # these losses sample
@@ -399,7 +394,7 @@ class PairObjective:
         user = user_table.index_select(0, user_id)
         item = item_table.index_select(0, item_ids.view(-1))
         squares = None
-        if self.l2 > 0 and self.l2_on != "table":
+        if count:
             valid = self.shard.valid(batch.size)
             rows = item if self.shard.world == 1 else item.view(*item_ids.shape, -1)[:, :valid]
             squares = _sum_of_squares(user[:valid]) + _sum_of_squares(rows)
@@ -613,6 +608,13 @@ class PairObjective:
         return squares * (self.l2 / (2 * batch.size))
 
 
+class CPRBatch(NamedTuple):
+    """Cycles `{k: (users, items)}`, (k, n_k) each, and how many are kept."""
+
+    cycles: dict[int, tuple[Tensor, Tensor]]
+    size: int
+
+
 class CPRObjective:
     """Cross pairwise ranking, which draws its own batches of cycles.
 
@@ -703,13 +705,6 @@ class CPRObjective:
         if len(margin) == 0:
             return (user_table.sum() + item_table.sum()) * 0.0
         return cpr_loss(margin, torch.zeros_like(margin), reduction="sum") / count
-
-
-class CPRBatch(NamedTuple):
-    """Cycles `{k: (users, items)}`, (k, n_k) each, and how many are kept."""
-
-    cycles: dict[int, tuple[Tensor, Tensor]]
-    size: int
 
 
 def _cycle_margins(users: Tensor, items: Tensor, user_table: Tensor, item_table: Tensor) -> Tensor:

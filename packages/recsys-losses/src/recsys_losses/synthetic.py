@@ -52,7 +52,7 @@ def synthetic_feedback(
     num_items: int = 400,
     dim: int = 3,
     density: float = 0.2,
-    sharpness: float = 2.5,
+    sharpness: float = 3.0,
     quality_spread: float = 0.3,
     exposure_power: float = 0.9,
     exposure_share: float = 0.2,
@@ -73,7 +73,7 @@ def synthetic_feedback(
     Test pairs are R and T: uniform over what a user likes, independent of exposure. Clicks are R, O and not T; a share of
     them is validation. Where e < 1, clicks follow the exposure model of CPR with alpha = 0.
 
-    The defaults give about 14 train clicks and 16 test pairs per user, popularity counts spread over two orders of
+    The defaults give about 12 train clicks and 16 test pairs per user, popularity counts spread over two orders of
     magnitude, and few enough clicks per preference that ranking by click probability is clearly worse than ranking by
     relevance. Memory and time grow with U * I: meant for up to some 10^7 cells.
 

@@ -120,6 +120,15 @@ def test_gradients_are_those_of_the_card():
     torch.testing.assert_close(neg.grad, weight[:, None] / 5 * (weight[:, None] * neg.detach()).softmax(dim=1))
 
 
+def test_temperatures_are_constants():
+    pos, neg = scores()
+    weight = torch.full((5,), 3.0, requires_grad=True)
+    w0 = torch.tensor(2.0, requires_grad=True)
+    adap_tau_loss(pos.requires_grad_(), neg, weight, inv_tau_pos=w0).backward()
+    assert weight.grad is None
+    assert w0.grad is None
+
+
 def test_sharp_temperatures_keep_their_gradient_in_float32():
     # exp, divide, log lose it here: w (2 f_neg - f_pos) is far above 88.
     pos = torch.tensor([-0.9], requires_grad=True)
@@ -231,6 +240,14 @@ def test_user_temperatures_at_the_centre_and_for_large_beta():
     flat = user_inverse_temperature(loss, inv_tau0=9.18, beta=1e12)
     torch.testing.assert_close(flat, torch.full_like(loss, 9.18), rtol=1e-10, atol=0)
     assert user_inverse_temperature(torch.tensor([3.0]), inv_tau0=2.0).tolist() == [2.0]
+
+
+def test_user_temperatures_are_clipped_on_both_sides():
+    scipy_special = pytest.importorskip("scipy.special")
+    loss = torch.tensor([0.0, 1e3, 1e6, 1e9], dtype=torch.float64)
+    w = user_inverse_temperature(loss, inv_tau0=2.0, beta=1.0, center="quantile", quantile=1 / 3)
+    lowest = 2.0 * math.exp(-scipy_special.lambertw(1000.0).real)
+    np.testing.assert_allclose(w.numpy(), [2.0 * math.e, 2.0, lowest, lowest], rtol=1e-6)
 
 
 def test_user_temperatures_minimise_the_superloss():

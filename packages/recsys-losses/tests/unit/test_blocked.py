@@ -195,7 +195,7 @@ def test_inputs_unchanged_and_no_second_derivative() -> None:
     before = [x.detach().clone() for x in (user, item, bias)]
     value = blocked_log_sum_exp(user, item, item_bias=bias, exclude=torch.tensor([0, 1, 2, 3]), block_size=4)
     (grad,) = torch.autograd.grad(value.sum(), user, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
+    with pytest.raises(RuntimeError, match=r"does not require grad|once_differentiable"):
         grad.sum().backward()
     assert all(torch.equal(a, b) for a, b in zip(before, (user, item, bias), strict=True))
 
@@ -257,33 +257,31 @@ def test_ranking_bound() -> None:
     assert (loss >= rank.log() - 1e-12).all()
 
 
-def test_largest_tensor_is_a_block() -> None:
-    rows, items, block_size = 300, 5000, 100
+class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+    """Remembers the size of the largest tensor that an operation returned."""
+
     largest = 0
 
-    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            for x in out if isinstance(out, tuple) else (out,):
-                if isinstance(x, Tensor):
-                    largest = max(largest, x.numel())
-            return out
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(x, Tensor):
+                self.largest = max(self.largest, x.numel())
+        return out
 
+
+def test_largest_tensor_is_a_block() -> None:
+    rows, items, block_size = 300, 5000, 100
     user, item, bias = case(rows, items, 6, dtype=torch.float32)
-    with Watch():
-        loss = blocked_softmax_loss(
-            user,
-            item,
-            torch.zeros(rows, dtype=torch.int64),
-            temperature=1.0,
-            item_bias=bias,
-            include_positive=False,
-            block_size=block_size,
-        )
-        loss.backward()
-    assert largest <= max(rows * block_size, items * 6)
-    assert largest < rows * items / 10
+    target = torch.zeros(rows, dtype=torch.int64)
+    with Watch() as materialising:
+        F.cross_entropy(user @ item.T, target).backward()
+    assert materialising.largest == rows * items
+    with Watch() as watch:
+        blocked_softmax_loss(
+            user, item, target, temperature=1.0, item_bias=bias, include_positive=False, block_size=block_size
+        ).backward()
+    assert watch.largest <= max(rows * block_size, items * 6)
 
 
 GOOD = {"user_emb": torch.ones(3, 2), "item_emb": torch.ones(4, 2)}
@@ -335,7 +333,7 @@ INTERPRETED = textwrap.dedent("""
     import torch
     from recsys_losses.blocked import blocked_log_sum_exp, blocked_softmax_loss
 
-    shapes = [(5, 7, 3), (70, 200, 16), (3, 300, 70), (65, 129, 5)]
+    shapes = [(5, 7, 3), (3, 200, 70), (65, 129, 5)]
     for number, (rows, items, dim) in enumerate(shapes):
         generator = torch.Generator().manual_seed(number)
         user = torch.randn(rows, dim, generator=generator, requires_grad=True)

@@ -8,6 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import chisquare
+
 from recsys_losses.sampling import (
     EdgeSet,
     PopularityNegativeSampler,
@@ -15,7 +17,6 @@ from recsys_losses.sampling import (
     in_batch_log_q,
     item_counts,
 )
-from scipy.stats import chisquare
 
 PROPERTY = settings(max_examples=100, deadline=None, derandomize=True)
 
@@ -108,7 +109,7 @@ class TestUniform:
 
     def test_excluded_law_is_uniform_over_the_free_items(self):
         positives = [0, 1, 4, 5, 9]
-        exclude = torch.tensor([[0] * 5 + [1] + [2] * 9, positives + [7] + list(range(1, 10))])
+        exclude = torch.tensor([[0] * 5 + [1] + [2] * 9, [*positives, 7, *range(1, 10)]])
         items = UniformNegativeSampler(10, exclude=exclude, generator=generator()).sample(
             torch.tensor([0, 1, 2, 3]), 9000
         )

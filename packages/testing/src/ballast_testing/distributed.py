@@ -43,7 +43,7 @@ def run_gloo(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float
     Examples:
         A module-level function of the test file, and the call:
 
-        ```python
+        ```text
         def summed(rank, world_size, x):
             value = torch.tensor([x + rank])
             torch.distributed.all_reduce(value)

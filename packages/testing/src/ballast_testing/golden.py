@@ -630,7 +630,7 @@ def _unique(taken: Mapping[str, Any], name: str) -> str:
 def golden_cases(directory: str | os.PathLike[str], package: str | None = None) -> list[ParameterSet]:
     """Return the cases of a directory as pytest parameters, for a package's copies of its vectors.
 
-    ```python
+    ```text
     @pytest.mark.parametrize("case", golden_cases(Path(__file__).parent))
     def test_golden(case):
         check_case(case)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,15 +34,15 @@ _TAIL_GROUPS, _GROUPS = 5, 10
 
 _UNIFORM = {"negatives": "uniform", "num_negatives": 512, "shared_negatives": True}
 _LOSSES: dict[str, dict[str, Any]] = {
-    "BPR": {"name": "bpr", "similarity": "dot", "exclude_positives": True},
-    "BCE": {"name": "bce", "similarity": "dot", "negatives": "uniform", "num_negatives": 4, "shared_negatives": False},
+    "BPR": {"name": "bpr"},
+    "BCE": {"name": "bce", "num_negatives": 4},
     "Softmax (SL)": {"name": "softmax", "temperature": 0.2, **_UNIFORM},
     "SSM uniform": {"name": "ssm", "temperature": 0.2, **_UNIFORM},
     "SSM in-batch": {"name": "ssm", "temperature": 0.3, "negatives": "in-batch"},
     "SSM in-batch+logQ": {"name": "ssm", "temperature": 0.2, "negatives": "in-batch", "logq": True},
     "BSL": {"name": "bsl", "temperature": 0.2, "power": 1.1, "bsl_mode": "multi", **_UNIFORM},
     "Adap-tau": {"name": "adap-tau", "beta": 1.0, "warmup_epochs": 8, **_UNIFORM},
-    "CPR": {"name": "cpr", "similarity": "dot"},
+    "CPR": {"name": "cpr"},
 }
 
 
@@ -373,6 +372,7 @@ def train(cell: CellInput) -> CellOutput:
         SkipCell: If the data or the device is absent.
     """
     import torch
+
     from recsys_losses.training import LossConfig, fit
 
     torch.set_num_threads(1)
@@ -383,7 +383,6 @@ def train(cell: CellInput) -> CellOutput:
     data = _load(cell)
     model = _model(settings["model"], data, cell.seed)
     curve = _Curve(model, data, settings["score"], settings["fit"]["epochs"])
-    start = time.perf_counter()
     fit(
         model,
         LossConfig(**settings["loss"]),
@@ -395,7 +394,6 @@ def train(cell: CellInput) -> CellOutput:
         device=device,
         on_epoch=curve,
     )
-    seconds = time.perf_counter() - start - curve.seconds
     metrics = _test(model, data, settings["score"])
     info = {
         "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
@@ -404,9 +402,9 @@ def train(cell: CellInput) -> CellOutput:
         "items": data.num_items,
         "train_pairs": data.train.shape[1],
         "test_pairs": data.test.shape[1],
-        "interactions_per_second": settings["fit"]["epochs"] * data.train.shape[1] / seconds,
+        "interactions_per_second": settings["fit"]["epochs"] * data.train.shape[1] / curve.seconds,
     }
-    return CellOutput({**metrics, "train_seconds": seconds}, tuple(curve.rows), info)
+    return CellOutput({**metrics, "train_seconds": curve.seconds}, tuple(curve.rows), info)
 
 
 def _load(cell: CellInput) -> InteractionData:
@@ -437,25 +435,21 @@ def _model(settings: Mapping[str, Any], data: InteractionData, seed: int) -> Any
 
 
 class _Curve:
-    """Called after every epoch by `fit`: tests the model at a few epochs, and counts the time that takes."""
+    """Called by `fit` after every epoch: adds up the training time, and tests the model at a few epochs."""
 
     def __init__(self, model: Any, data: InteractionData, score: str, epochs: int) -> None:
         self._model, self._data, self._score, self._epochs = model, data, score, epochs
         self._every = max(1, round(epochs / _CURVE_POINTS))
-        self._start = time.perf_counter()
         self.seconds = 0.0
         self.rows: list[dict[str, float]] = []
 
-    def __call__(self, row: Mapping[str, Any]) -> None:
-        epoch = int(row["epoch"])
+    def __call__(self, record: dict[str, float]) -> None:
+        epoch = int(record["epoch"]) + 1
+        self.seconds += record["seconds"]
         if epoch % self._every and epoch != self._epochs:
             return
-        before = time.perf_counter()
         tested = _test(self._model, self._data, self._score)
-        self.rows.append(
-            {"epoch": epoch, "seconds": before - self._start - self.seconds, "loss": row["loss"], **tested}
-        )
-        self.seconds += time.perf_counter() - before
+        self.rows.append({**record, "epoch": epoch, "seconds": self.seconds, **tested})
 
 
 def _test(model: Any, data: InteractionData, score: str) -> dict[str, float]:
