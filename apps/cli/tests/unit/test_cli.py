@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from ballast_cli.main import main, split_config
 
-SMALL = ["--data", "synthetic", "--epochs", "2", "--dim", "8", "--batch-size", "2048"]
+SMALL = ["--data", "synthetic", "--dim", "8", "--batch-size", "2048"]
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
@@ -26,8 +26,9 @@ def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]
     return code, captured.out, captured.err
 
 
-def train(capsys: pytest.CaptureFixture[str], output: Path, *words: str) -> dict[str, object]:
-    code, out, err = run(capsys, "recsys", "train", *SMALL, "--output", str(output), "--json", *words)
+def train(capsys: pytest.CaptureFixture[str], output: Path, *words: str, epochs: int = 2) -> dict[str, object]:
+    more = ["--epochs", str(epochs), "--output", str(output), "--json", *words]
+    code, out, err = run(capsys, "recsys", "train", *SMALL, *more)
     assert code == 0, err
     return json.loads(out)
 
@@ -74,8 +75,8 @@ def test_recommend_leaves_out_training_items(tmp_path, capsys, model):
 
 def test_interrupted_training_continues_to_the_same_result(tmp_path, capsys):
     words = ["--loss", "bpr", "--patience", "50"]
-    whole = train(capsys, tmp_path / "whole", *words, "--epochs", "6")
-    command = [sys.executable, "-m", "ballast_cli.main", "recsys", "train", *SMALL, *words, "--epochs", "6"]
+    whole = train(capsys, tmp_path / "whole", *words, epochs=30)
+    command = [sys.executable, "-m", "ballast_cli.main", "recsys", "train", *SMALL, *words, "--epochs", "30"]
     output = tmp_path / "cut"
     child = subprocess.Popen([*command, "--output", str(output)], env=os.environ | {"OMP_NUM_THREADS": "1"})
     deadline = time.monotonic() + 60
@@ -83,7 +84,8 @@ def test_interrupted_training_continues_to_the_same_result(tmp_path, capsys):
         time.sleep(0.002)
     child.send_signal(signal.SIGKILL)
     child.wait(timeout=30)
-    resumed = train(capsys, output, *words, "--epochs", "6")
+    assert not (output / "metrics.json").exists(), "the run was over before it could be killed"
+    resumed = train(capsys, output, *words, epochs=30)
     assert resumed["recall@20"] == whole["recall@20"]
     assert resumed["best_epoch"] == whole["best_epoch"]
 

@@ -73,7 +73,7 @@ def _check_tables(user_emb: Tensor, item_emb: Tensor) -> None:
     for name, table in (("user_emb", user_emb), ("item_emb", item_emb)):
         if table.numel() == 0:
             raise ValueError(f"{name} is empty: {tuple(table.shape)}")
-        low, high = (float(x) for x in torch.aminmax(table))
+        low, high = (float(x) for x in torch.aminmax(table.detach()))
         if math.isnan(low) or math.isnan(high):
             raise ValueError(f"{name} contains NaN")
         length.append(max(-low, high) * math.sqrt(table.shape[1]))

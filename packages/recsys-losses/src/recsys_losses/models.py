@@ -156,7 +156,9 @@ class MatrixFactorization(nn.Module):
         return {"model": "mf", "dim": self.dim, "user_dropout": self.user_dropout}
 
     def extra_repr(self) -> str:
-        return f"num_users={self.num_users}, num_items={self.num_items}, dim={self.dim}, user_dropout={self.user_dropout}"
+        return (
+            f"num_users={self.num_users}, num_items={self.num_items}, dim={self.dim}, user_dropout={self.user_dropout}"
+        )
 
 
 class LightGCN(nn.Module):
@@ -206,7 +208,7 @@ class LightGCN(nn.Module):
         generator: torch.Generator | None = None,
         seed: int | None = None,
     ) -> None:
-        from torch_geometric.nn import LightGCN as Backbone
+        from torch_geometric.nn import LightGCN as Backbone  # type: ignore[import-untyped]
 
         super().__init__()
         _check_sizes(num_users=num_users, num_items=num_items, dim=dim)

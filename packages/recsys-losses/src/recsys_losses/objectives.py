@@ -13,10 +13,10 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 
 from recsys_losses._checks import SIMILARITIES, check_choice, check_finite, check_positive
 from recsys_losses._distributed import Shard, gather_rows
@@ -139,7 +139,9 @@ class LossConfig:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.name not in _USED[self.name] | {"name"} and value != field.default:
-                raise ValueError(f"{field.name}={value!r} is not used by loss {self.name!r}; leave it at {field.default!r}")
+                raise ValueError(
+                    f"{field.name}={value!r} is not used by loss {self.name!r}; leave it at {field.default!r}"
+                )
         self._check_values()
         self._check_negatives()
 
@@ -558,7 +560,11 @@ class PairObjective:
 
     @property
     def _neg_temperature(self) -> float:
-        return self.config.tau_neg or self.config.temperature if self.config.name == "bilateral" else self.config.temperature
+        return (
+            self.config.tau_neg or self.config.temperature
+            if self.config.name == "bilateral"
+            else self.config.temperature
+        )
 
     @property
     def _tau_pos(self) -> float:
@@ -734,9 +740,7 @@ def make_objective(
     if config.name == "cpr":
         if l2_on not in (None, "table"):
             raise ValueError(f"loss 'cpr' counts l2 on the whole table: l2_on must be 'table', got {l2_on!r}")
-        return CPRObjective(
-            config, data, batch_size=batch_size, l2=l2, generator=generator, device=device, shard=shard
-        )
+        return CPRObjective(config, data, batch_size=batch_size, l2=l2, generator=generator, device=device, shard=shard)
     return PairObjective(
         config,
         data,

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 
 from recsys_losses._checks import check_choice, check_positive
 from recsys_losses._distributed import (
@@ -262,7 +262,7 @@ class _Run:
         parameters = list(self.model.parameters())
         total = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
         rows = 0
-        for batch in self.objective.batches():  # type: ignore[attr-defined]
+        for batch in self.objective.batches():
             self.optimizer.zero_grad(set_to_none=True)
             step: StepLoss = self.objective(batch, self.model)  # type: ignore[arg-type]
             step.total().backward()  # type: ignore[no-untyped-call]
@@ -562,7 +562,12 @@ def _check_arguments(
 ) -> tuple[str, ...]:
     """Raise ValueError for arguments out of range; return the metrics to record."""
     _check_model(model, data)
-    for name, value in (("epochs", epochs), ("batch_size", batch_size), ("eval_every", eval_every), ("patience", patience)):
+    for name, value in (
+        ("epochs", epochs),
+        ("batch_size", batch_size),
+        ("eval_every", eval_every),
+        ("patience", patience),
+    ):
         if value is not None and not value >= 1:
             raise ValueError(f"{name} must be >= 1, got {value!r}")
     check_positive("lr", lr)
