@@ -163,3 +163,31 @@ def test_changed_packages_follow_dependents_and_ignore_prose():
 def test_a_tag_that_does_not_fit_is_refused(tag, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         release_tag.parse(tag)
+
+
+def test_outputs_of_scripts_are_shown_beside_suites(folder):
+    record = {
+        "benchmark": "b",
+        "device": "A CPU",
+        "torch": "2.15",
+        "cases": [
+            {
+                "items": 50000,
+                "sides": {
+                    "blocked": {"median_s": 0.25, "min_s": 0.2, "peak_extra_bytes": 2**21, "time_over_direct": 1.1}
+                },
+            }
+        ],
+    }
+    (folder / "one_script.json").write_text(json.dumps(record, indent=2), encoding="utf-8")
+    (folder / "lines.json").write_text('{"data": "a", "ratio": 12.5}\n{"data": "b", "ratio": 2}\n', encoding="utf-8")
+    text = results_tables.speed()
+    assert "| 50,000 items, blocked | median s | 250.0 ms |" in text
+    assert "| 50,000 items, blocked | peak extra | 2.0 MiB |" in text
+    assert "| 50,000 items, blocked | time over direct | 1.1 |" in text
+    assert "| b | ratio | 2 |" in text
+    assert "min" not in text
+    assert "one script" not in results_tables.benchmarks()
+    (folder / "empty.json").write_text('{"data": "a"}', encoding="utf-8")
+    with pytest.raises(ValueError, match=re.escape("empty.json holds no figure")):
+        results_tables.speed()

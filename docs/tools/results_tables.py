@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 PUBLISHED = "published"
 MISSING = '<span class="ballast-missing">not measured yet</span>'
+# What is shown of a script's output: figures whose key holds one of these, nothing below HIDDEN.
+SHOWN = ("_over_", "speed_of", "memory_of", "difference", "per_s", "per_cpu_second", "ratio", "median_s", "extra_bytes")
+HIDDEN = ("rounds", "runs", "versions", "metrics")
 NAMES = {
     "recall": "Recall",
     "ndcg": "NDCG",
@@ -105,6 +108,8 @@ def render(kind: str, spec: dict[str, Any]) -> str:
         return results(**spec)
     if kind == "benchmarks":
         return benchmarks(**spec)
+    if kind == "speed":
+        return speed(**spec)
     return picture(**spec)
 
 
@@ -138,7 +143,7 @@ def results(*, file: str, metrics: list[str], rows: list[dict[str, str]]) -> str
 
 def benchmarks(*, files: list[str] | None = None) -> str:
     """Every case of every committed result file in full."""
-    names = files if files is not None else sorted(p.stem for p in RESULTS.glob("*.json") if p.stem != PUBLISHED)
+    names = files if files is not None else sorted(path.stem for path in _files() if _is_suite(path))
     found = [(name, measured) for name in names if (measured := load(name)) is not None]
     if not found:
         return MISSING
@@ -149,6 +154,74 @@ def benchmarks(*, files: list[str] | None = None) -> str:
         for case in measured.cases.values():
             parts += [f"### {case.title} {{ #{_anchor(name, case)} }}", html.escape(case.note), _case_table(case)]
     return "\n\n".join(part for part in parts if part)
+
+
+def speed() -> str:
+    """The figures of every script of `packages/*/benchmarks` whose output is committed: any result file but a suite's."""
+    parts = []
+    for path in _files():
+        if _is_suite(path):
+            continue
+        text = path.read_text(encoding="utf-8").strip()
+        # a script may print one JSON object, or one per line
+        records = [json.loads(text)] if text.startswith("{\n") else [json.loads(line) for line in text.splitlines()]
+        rows = [row for record in records for row in _figures(record, "")]
+        if not rows:
+            raise ValueError(f"docs/results/{path.name} holds no figure that is shown here")
+        facts = [_fact(key, records[0].get(key)) for key in ("device", "cpu", "torch", "threads", "date", "command")]
+        title = path.stem.replace("_", " ").replace("-", " ")
+        about = f"{', '.join(fact for fact in facts if fact)}. " if any(facts) else ""
+        lines = ["| case | measured | value |", "|---|---|---|", *(f"| {a} | {b} | {c} |" for a, b, c in rows)]
+        note = _small([about, f"[Raw data](../results/{path.relative_to(RESULTS).as_posix()})."])
+        parts += [f"### {title} {{ #speed-{path.stem.replace('_', '-')} }}", _table(lines), note]
+    return "\n\n".join(parts) if parts else MISSING
+
+
+def _files() -> list[Path]:
+    return sorted(path for path in RESULTS.rglob("*.json") if path.stem != PUBLISHED)
+
+
+def _is_suite(path: Path) -> bool:
+    """Exports of `ballast bench` name their environments; the output of a script does not."""
+    content = path.read_text(encoding="utf-8")
+    return '"environments"' in content and '"cases"' in content
+
+
+def _fact(key: str, value: Any) -> str:
+    if value is None:
+        return ""
+    return f"`{value}`" if key == "command" else str(value) if key in ("device", "cpu", "date") else f"{key} {value}"
+
+
+def _figures(value: Any, where: str) -> list[tuple[str, str, str]]:
+    """Rows (case, measured, value) for the figures inside a script's output, in its order."""
+    if isinstance(value, list):
+        return [row for entry in value if isinstance(entry, dict) for row in _figures(entry, where)]
+    if not isinstance(value, dict):
+        return []
+    name = value.get("case") or value.get("data") or (f"{value['items']:,} items" if "items" in value else "")
+    where = ", ".join(part for part in (where, str(name)) if part)
+    rows = []
+    for key, inner in value.items():
+        if isinstance(inner, (int, float)) and not isinstance(inner, bool) and any(part in key for part in SHOWN):
+            rows.append((html.escape(where), key.replace("_", " ").removesuffix(" bytes"), _number(key, inner)))
+        elif key == "median" and isinstance(inner, dict):
+            unit = value.get("unit", "")
+            rows += [
+                (html.escape(where), side.replace("_", " "), f"{x:,.0f} {unit}".strip()) for side, x in inner.items()
+            ]
+        elif isinstance(inner, (dict, list)) and key not in HIDDEN:
+            side = "" if key in ("sides", "cases", "results") else key.replace("_", " ")
+            rows += _figures(inner, ", ".join(part for part in (where, side) if part))
+    return rows
+
+
+def _number(key: str, value: float) -> str:
+    if key.endswith("_bytes"):
+        return f"{value / 2**20:,.1f} MiB"
+    if key.endswith("_s") and "per" not in key:
+        return f"{value * 1000:,.1f} ms"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
 
 
 def picture(*, file: str, case: str, metric: str, title: str) -> str:

@@ -3,7 +3,8 @@
 A page asks for results with a fenced block (YAML inside), so no figure is ever typed into a page:
 
     ```results      published beside ours, one row per setting
-    ```benchmarks   every committed result file in full
+    ```benchmarks   every committed export of a suite in full
+    ```speed        figures of the committed outputs of benchmark scripts
     ```picture      one metric of one case as bars
 """
 
@@ -28,7 +29,7 @@ import api_pages
 import results_tables
 
 VERSION = re.compile(r"\{\{ version ([a-z0-9-]+) \}\}")
-FENCE = re.compile(r"^```(results|benchmarks|picture)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^```(results|benchmarks|picture|speed)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def on_pre_build(config: MkDocsConfig) -> None:

@@ -75,7 +75,7 @@ def _finish(device: str) -> None:
 
 
 def _summary(values: list[float]) -> dict[str, float]:
-    low, middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
+    low, _middle, high = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
     return {"median_s": statistics.median(values), "min_s": min(values), "q25_s": low, "q75_s": high}
 
 

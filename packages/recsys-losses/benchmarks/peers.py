@@ -44,12 +44,11 @@ def ours(args: argparse.Namespace) -> dict[str, object]:
     import torch
 
     torch.set_num_threads(1)
+    import recsys_losses
     from recsys_losses.data import InteractionData
     from recsys_losses.metrics import evaluate_full_ranking
     from recsys_losses.models import MatrixFactorization
     from recsys_losses.training import LossConfig, fit
-
-    import recsys_losses
 
     train = torch.from_numpy(np.load(args.arrays / "train.npy"))
     test = torch.from_numpy(np.load(args.arrays / "test.npy"))

@@ -114,6 +114,8 @@ class Case:
         published: Figures of others for methods of this case.
         sweep: Position on a numeric axis, if any.
         tradeoff: Names of two metrics (x, y) to draw against each other.
+        preload: Modules that the cells need and that are slow to import; imported once per job instead of once per cell.
+            They must not start threads or touch a GPU when they are imported.
         note: A paragraph for the report: protocol, what was chosen how.
     """
 
@@ -131,6 +133,7 @@ class Case:
     published: tuple[Published, ...] = ()
     sweep: Sweep | None = None
     tradeoff: tuple[str, str] | None = None
+    preload: tuple[str, ...] = ()
     note: str = ""
 
     def __post_init__(self) -> None:
@@ -152,9 +155,9 @@ class Case:
         return f"{self.package}/{self.name}"
 
     def description(self) -> dict[str, Any]:
-        """Everything but methods and seeds as JSON values; stored with each cell so that a store explains itself."""
+        """What reports need beside methods and seeds, as JSON values; stored with each cell so that a store explains itself."""
         fields = dataclasses.asdict(self)
-        for key in ("methods", "seeds"):
+        for key in ("methods", "seeds", "preload"):
             del fields[key]
         return json.loads(json.dumps(fields))  # type: ignore[no-any-return]
 

@@ -1,11 +1,15 @@
-"""One cell in a process of its own: `python -m ballast_bench.cell RESULT`, specification on standard input.
+"""The process that runs cells: `python -m ballast_bench.cell`, requests on standard input, one JSON object a line.
 
-The first line of standard input is the specification (JSON). The parent keeps the pipe open afterwards: when it closes,
-because the parent ended in whatever way (kill -9 included), this process ends too, so that no orphan keeps a core busy.
+It imports what the cells need once (torch and its kin take seconds) and then forks a fresh process for every cell, so
+that a cell has its own memory, a crash loses one cell, and none inherits anything from the one before. The runner keeps
+the pipe open: when it closes, because the runner ended in whatever way (kill -9 included), both processes end, and no
+orphan keeps a core busy.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import math
 import os
@@ -14,7 +18,7 @@ import threading
 import time
 import traceback
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ballast_bench.case import CellInput, CellOutput, SkipCell, resolve
 
@@ -22,15 +26,46 @@ __all__ = ["main", "peak_mib"]
 
 
 def main() -> int:
-    """Run the cell and write its outcome to the path in the first argument; returns the exit code."""
-    result = Path(sys.argv[1])
-    specification = json.loads(sys.stdin.buffer.readline())
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    outcome = run_cell(specification)
-    temporary = result.with_suffix(".tmp")
-    temporary.write_text(json.dumps(outcome, allow_nan=False), encoding="utf-8")
-    temporary.replace(result)
+    """Serve requests until standard input closes; returns the exit code.
+
+    A request names the cell (`specification`), modules to `preload`, and the files for its `log`, `result` (written by
+    the cell, absent when it crashed) and `code` (written last: the exit code of the cell's process).
+    """
+    while line := sys.stdin.buffer.readline():
+        request = json.loads(line)
+        for module in request["preload"]:
+            with contextlib.suppress(ImportError):  # the cell itself says what is missing
+                importlib.import_module(module)
+        child = os.fork()
+        if child == 0:
+            _serve_one(request)
+        _, status = os.waitpid(child, 0)
+        _write(Path(request["code"]), str(os.waitstatus_to_exitcode(status)))
     return 0
+
+
+def _serve_one(request: dict[str, Any]) -> NoReturn:
+    code = 1
+    try:
+        log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        threading.Thread(target=_end_with_parent, daemon=True).start()
+        outcome = run_cell(request["specification"])
+        _write(Path(request["result"]), json.dumps(outcome, allow_nan=False))
+        code = 0
+    except BaseException:  # noqa: BLE001 - the log is all that is left to tell
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 def run_cell(specification: dict[str, Any]) -> dict[str, Any]:
@@ -66,7 +101,7 @@ def run_cell(specification: dict[str, Any]) -> dict[str, Any]:
 def peak_mib() -> float:
     """Return the peak resident memory of this process in MiB.
 
-    Linux keeps the larger of parent and child in `ru_maxrss` across fork and exec, hence VmHWM where it exists.
+    Linux keeps the larger of parent and child in `ru_maxrss` across fork, hence VmHWM where it exists.
     """
     try:
         for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ballast_bench.errors import UsageError
-from ballast_bench.process import run_one
+from ballast_bench.process import failure, run_one
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping, Sequence
@@ -58,15 +58,4 @@ def _outcome(ray: Any, reference: Any) -> dict[str, Any]:
     try:
         return ray.get(reference)  # type: ignore[no-any-return]
     except ray.exceptions.RayError as error:
-        return {
-            "status": "failed",
-            "metrics": {},
-            "history": [],
-            "info": {},
-            "error": f"the Ray task failed {_RETRIES + 1} times: {error}",
-            "seconds": 0.0,
-            "cpu_seconds": None,
-            "start_mib": None,
-            "peak_mib": None,
-            "process_seconds": 0.0,
-        }
+        return failure("failed", f"the Ray task failed {_RETRIES + 1} times: {error}", 0.0)

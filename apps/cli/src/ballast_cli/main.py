@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
-from ballast_bench.app import app as bench_app
 from cyclopts import App, CycloptsError
 from cyclopts.config import Dict
 from rich.console import Console
 
+from ballast_bench.app import app as bench_app
 from ballast_cli import __version__
 from ballast_cli.data import data_app
 from ballast_cli.recsys import recsys_app

@@ -32,7 +32,7 @@ class InteractionData:
     Raises:
         ValueError: A size below 1, an edge list of wrong shape or dtype, or an id out of range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> data = InteractionData(2, 3, train=torch.tensor([[0, 1], [2, 0]]), test=torch.tensor([[0], [1]]))
         >>> data.train.shape
@@ -150,7 +150,7 @@ class EdgeSet:
     Raises:
         ValueError: Wrong shape or dtype, num_items below 1, or ids out of range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> edges = EdgeSet(torch.tensor([[0, 1], [2, 0]]), num_items=3)
         >>> edges.contains(torch.tensor([0, 1]), torch.tensor([[2, 1], [1, 0]]))
@@ -200,12 +200,9 @@ class EdgeSet:
         """
         if item.ndim == user.ndim + 1:
             user = user.unsqueeze(-1)
-        try:
-            torch.broadcast_shapes(user.shape, item.shape)
-        except RuntimeError:
-            raise ValueError(
-                f"shapes of user {tuple(user.shape)} and item {tuple(item.shape)} do not broadcast"
-            ) from None
+        sizes = zip(reversed(user.shape), reversed(item.shape), strict=False)
+        if not all(a == b or 1 in (a, b) for a, b in sizes):
+            raise ValueError(f"shapes of user {tuple(user.shape)} and item {tuple(item.shape)} do not broadcast")
         keys = user.long() * self.num_items + item
         if len(self) == 0:
             return torch.zeros(keys.shape, dtype=torch.bool, device=keys.device)

@@ -63,7 +63,7 @@ def read_lightgcn(
 
     Source: the data folders of NGCF and LightGCN (arXiv 1905.08108, 2002.02126).
 
-    Example:
+    Examples:
         >>> import tempfile, pathlib
         >>> folder = pathlib.Path(tempfile.mkdtemp())
         >>> _ = (folder / "train.txt").write_text("0 2 1\n1 0\n")
@@ -110,7 +110,7 @@ def read_pairs(
         FileNotFoundError: The file is absent.
         ValueError: An empty, damaged or malformed file or an id below `base`, with file and line; or a bad argument.
 
-    Example:
+    Examples:
         >>> import tempfile, pathlib
         >>> path = pathlib.Path(tempfile.mkdtemp()) / "data1.txt"
         >>> _ = path.write_text("1\t3\t3.2466e+05\n2\t1\t7\n")
@@ -164,7 +164,7 @@ def read_inter(
 
     Source: RecBole, atomic files.
 
-    Example:
+    Examples:
         >>> import tempfile, pathlib
         >>> path = pathlib.Path(tempfile.mkdtemp()) / "toy.inter"
         >>> _ = path.write_text("user_id:token\titem_id:token\trating:float\nann\ttea\t5\nbob\ttea\t1\n")
@@ -202,7 +202,7 @@ def read_movielens(
         FileNotFoundError: The file is absent.
         ValueError: An empty, damaged or malformed file, with file and line; or no row reaches `min_rating`.
 
-    Example:
+    Examples:
         >>> import tempfile, pathlib
         >>> path = pathlib.Path(tempfile.mkdtemp()) / "ratings.dat"
         >>> _ = path.write_text("7::20::4.5::978300760\n3::20::1::978300761\n")

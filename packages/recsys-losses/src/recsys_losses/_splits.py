@@ -35,7 +35,7 @@ def k_core(edge_index: Tensor, *, min_user: int, min_item: int) -> Tensor:
     Raises:
         ValueError: `edge_index` malformed or a negative minimum.
 
-    Example:
+    Examples:
         >>> import torch
         >>> k_core(torch.tensor([[0, 0, 1, 1, 2], [0, 1, 0, 1, 1]]), min_user=2, min_item=2)
         tensor([[0, 0, 1, 1],
@@ -81,7 +81,7 @@ def split_ratio(
     Raises:
         ValueError: `edge_index` malformed or empty, shares out of range, or an id out of range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> edges = torch.stack((torch.zeros(10, dtype=torch.long), torch.arange(10)))
         >>> split_ratio(edges, test=0.2, valid=0.1, generator=torch.Generator().manual_seed(0))
@@ -124,7 +124,7 @@ def hold_out_validation(
     Raises:
         ValueError: `data.valid` is set already, or `share` out of range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> train = torch.stack((torch.zeros(20, dtype=torch.long), torch.arange(20)))
         >>> hold_out_validation(InteractionData(1, 21, train=train, test=torch.tensor([[0], [20]])))
@@ -171,7 +171,7 @@ def unbiased_split(
 
     Source: CPR (Wan et al., WWW 2022, arXiv 2204.12176), section 5.1 and the official code.
 
-    Example:
+    Examples:
         >>> import torch
         >>> edges = torch.cartesian_prod(torch.arange(10), torch.arange(10)).T
         >>> train, valid, test = unbiased_split(edges, cap=0.1, generator=torch.Generator().manual_seed(0))
@@ -217,7 +217,7 @@ def reindex(train: Tensor, *others: Tensor) -> tuple[list[Tensor], Tensor, Tenso
     Raises:
         ValueError: Train is empty, or a user or item of the others does not occur in train.
 
-    Example:
+    Examples:
         >>> import torch
         >>> [train], user_ids, item_ids = reindex(torch.tensor([[7, 3, 7], [5, 5, 2]]))
         >>> train, user_ids, item_ids
@@ -258,7 +258,7 @@ def inject_false_positives(
 
     Source: BSL (Wu et al., ICDE 2024), research question 3: positive noise.
 
-    Example:
+    Examples:
         >>> import torch
         >>> data = InteractionData(1, 50, train=torch.tensor([[0] * 10, list(range(10))]), test=torch.tensor([[0], [10]]))
         >>> inject_false_positives(data, 0.2)

@@ -180,7 +180,7 @@ def load_dataset(
 
     Source: protocol of the package, section 9; unbiased split: CPR (arXiv 2204.12176), section 5.1.
 
-    Example:
+    Examples:
         >>> load_dataset("synthetic", None).num_items
         400
     """
@@ -205,7 +205,7 @@ def check_dataset(name: str, root: str | os.PathLike[str] | None) -> tuple[FileC
     Raises:
         ValueError: Unknown name, or root None for data on disk.
 
-    Example:
+    Examples:
         >>> [check.status for check in check_dataset("lastfm", "/nowhere")]
         ['missing', 'missing']
     """

@@ -31,7 +31,7 @@ from recsys_losses.sampling import (
     in_batch_log_q,
     item_counts,
 )
-from recsys_losses.ssm import in_batch_ssm_loss, sampled_softmax_loss
+from recsys_losses.ssm import in_batch_ssm_loss, sampled_softmax_loss, ssm_loss
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -424,8 +424,20 @@ class PairObjective:
                 item,
                 temperature=config.temperature,
                 similarity=self.similarity,
-                log_q=None if self._log_q is None else self._log_q[item_id],
+                log_q=self._log_q_of(item_id),
                 item_id=item_id if config.mask_accidental else None,
+                reduction="none",
+            )
+        if batch.negative is not None and config.name == "ssm" and self.draws.shared:
+            return ssm_loss(
+                user,
+                item,
+                item_table.index_select(0, batch.negative),
+                temperature=config.temperature,
+                similarity=self.similarity,
+                pos_log_q=self._log_q_of(item_id),
+                neg_log_q=self._log_q_of(batch.negative),
+                neg_mask=batch.negative != item_id[:, None] if config.mask_accidental else None,
                 reduction="none",
             )
         user, item = self._as_scored(user), self._as_scored(item)
@@ -439,13 +451,13 @@ class PairObjective:
             neg_id = batch.negative if self.draws.shared else self.shard.take(batch.negative)
             neg = self._sampled_scores(user, neg_id, item_table)
         hidden = neg_id == item_id[:, None] if config.mask_accidental else None
-        neg_log_q = None if self._log_q is None else self._log_q[neg_id]
+        neg_log_q = self._log_q_of(neg_id)
         if config.name == "ssm":
             return sampled_softmax_loss(
                 pos,
                 neg,
                 temperature=config.temperature,
-                pos_log_q=None if self._log_q is None else self._log_q[item_id],
+                pos_log_q=self._log_q_of(item_id),
                 neg_log_q=neg_log_q,
                 neg_mask=None if hidden is None else ~hidden,
                 reduction="none",
@@ -456,6 +468,9 @@ class PairObjective:
             # A row without any other negative keeps them: the sum over none has no logarithm.
             neg = neg.masked_fill(hidden & ~hidden.all(1, keepdim=True), -torch.inf)
         return self._row_loss(batch, user_id, pos, neg)
+
+    def _log_q_of(self, item: Tensor) -> Tensor | None:
+        return None if self._log_q is None else self._log_q[item]
 
     def _sampled_scores(self, user: Tensor, neg_id: Tensor, item_table: Tensor) -> Tensor:
         """Return the scores (P, N) of drawn items, (N,) or (P, N)."""

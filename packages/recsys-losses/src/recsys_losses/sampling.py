@@ -31,7 +31,7 @@ def item_counts(edge_index: Tensor, num_items: int) -> Tensor:
     Raises:
         ValueError: `edge_index` is not (2, E) or an item id is out of range.
 
-    Example:
+    Examples:
         >>> import torch
         >>> item_counts(torch.tensor([[0, 1, 1], [2, 0, 2]]), num_items=4)
         tensor([1, 0, 2, 0])
@@ -61,7 +61,7 @@ def in_batch_log_q(item_count: Tensor) -> Tensor:
 
     Source: SSM (Wu et al., TOIS 2024, arXiv 2201.02327), in-batch sampling distribution.
 
-    Example:
+    Examples:
         >>> import torch
         >>> in_batch_log_q(torch.tensor([1, 3])).exp()
         tensor([0.2500, 0.7500])
@@ -86,7 +86,7 @@ class UniformNegativeSampler:
     Raises:
         ValueError: num_items below 1, `exclude` malformed, or `shared` together with `exclude`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> train = torch.tensor([[0, 0, 1], [0, 1, 2]])
         >>> sampler = UniformNegativeSampler(3, exclude=train, generator=torch.Generator().manual_seed(0))
@@ -172,7 +172,7 @@ class PopularityNegativeSampler:
 
     Source: SSM (Wu et al., TOIS 2024, arXiv 2201.02327), popularity-based negatives.
 
-    Example:
+    Examples:
         >>> import torch
         >>> sampler = PopularityNegativeSampler(torch.tensor([1, 0, 4]), beta=0.5)
         >>> sampler.sample(torch.arange(8), 5).shape

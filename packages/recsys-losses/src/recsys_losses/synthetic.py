@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
+__all__ = ["SyntheticFeedback", "synthetic_feedback"]
+
 
 @dataclass(frozen=True, eq=False)
 class SyntheticFeedback:
@@ -99,7 +101,7 @@ def synthetic_feedback(
     Raises:
         ValueError: An argument out of range, or so few cells that no click or no test pair is drawn.
 
-    Example:
+    Examples:
         >>> feedback = synthetic_feedback(num_users=50, num_items=40)
         >>> feedback.relevance.shape
         torch.Size([50, 40])

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["cpu", "gpu", "quick", "train"]
 
+# Creating the first optimiser imports torch._dynamo, which takes as long as torch itself.
+_PRELOAD = ("recsys_losses.training", "torch._dynamo")
 _RUN = "ballast_bench.suites.recsys_losses:train"
 _RECALL = Metric("recall@20")
 _NDCG = Metric("ndcg@20")
@@ -138,8 +140,10 @@ def _settings(
 
 
 def _case(name: str, title: str, dataset: str, methods: dict[str, dict[str, Any]], **fields: Any) -> Case:
+    models = {settings["model"]["name"] for settings in methods.values()}
     base: dict[str, Any] = {
         "package": "recsys_losses",
+        "preload": _PRELOAD if models == {"mf"} else (*_PRELOAD, "torch_geometric.nn"),
         "run": _RUN,
         "baseline": "BPR",
         "metrics": _METRICS,
