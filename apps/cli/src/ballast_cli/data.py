@@ -58,8 +58,8 @@ def list_datasets(*, data_root: Path | None = None, json: bool = False) -> None:
         print_result({"data_root": None if root is None else str(root), "datasets": rows}, as_json=True)
         return
     table = Table("name", "here", "what", "licence", title=f"data root: {root or 'not found'}", show_lines=True)
-    for row in rows:
-        table.add_row(row["name"], "yes" if row["present"] else "no", row["description"], row["licence"])
+    for dataset, row in zip(DATASETS, rows, strict=True):
+        table.add_row(dataset.name, "yes" if row["present"] else "no", dataset.description, dataset.licence)
     Console().print(table)
 
 

@@ -304,7 +304,8 @@ def blocked_log_sum_exp(
         item_bias: $\beta$, added to the logits of an item, shape `(I,)`, finite or -inf (which removes the item);
             `-log_q` corrects for sampling.
         exclude: Items left out of a row's sum: LongTensor `(B,)`, one item per row, or `(2, M)`, pairs (row, item).
-            Ids outside the table (such as -1) leave nothing out.
+            Ids outside the table (such as -1) leave nothing out. On CUDA the torch implementation waits for the device
+            once to sort them.
         block_size: Items per block of the torch implementation; the default suits caches of 1 to 2 MB per core (512)
             and GPUs (8,192). It changes memory and time, not the result.
         impl: `"torch"`, `"triton"` (CUDA, d <= 128, not float64, `exclude` not in pairs), or `"auto"`, which takes
@@ -359,7 +360,7 @@ def blocked_scores(
         target: Positive item of each row, LongTensor `(B,)`, 0..I-1.
         temperature: $\tau>0$.
         include_positive: Whether the target is in the row's log-sum-exp (SSM) or not (BSL, needs I >= 2).
-        similarity: `"cosine"` normalises both sides, `"dot"` takes them as they are.
+        similarity: `"cosine"` normalises both sides (a copy of the item table is made), `"dot"` takes them as they are.
         item_bias: Added to the logits in the log-sum-exp, shape `(I,)`.
         block_size: Items per block, see `blocked_log_sum_exp`.
         impl: `"auto"`, `"torch"` or `"triton"`, see `blocked_log_sum_exp`.

@@ -43,8 +43,8 @@ METRICS = ("recall", "ndcg", "precision", "hit_ratio", "mrr", "arp")
 _COLUMNS = 2048
 _CPU_ROWS = 256
 _TILE = 64
-# Scores held at once when `item_block` is left to us: 256 MB in float32.
-_SCORES_AT_ONCE = 1 << 26
+# Scores held at once when `item_block` is left to us: 128 MB in float32.
+_SCORES_AT_ONCE = 1 << 25
 
 
 def _check_edges(name: str, edge_index: Tensor, num_users: int, num_items: int) -> None:
@@ -248,7 +248,7 @@ def topk_items(
         k: Number of items, 1..I.
         users: Users to rank for, LongTensor `(n,)`; all by default.
         batch_size: Users scored at once, at most; a CPU takes 256, where it is fastest.
-        item_block: Items scored at once; by default as many as keep the scores of a batch under 256 MB in float32.
+        item_block: Items scored at once; by default as many as keep the scores of a batch under 128 MB in float32.
             Changes memory and time, not the result.
         deterministic: Break equal scores by the lower item id. Without it their order is unspecified.
 
@@ -405,7 +405,7 @@ def evaluate_full_ranking(
         ks: Cut-offs K, each in 1..I.
         batch_size: Users scored at once, at most; a CPU takes 256, where it is fastest.
         metrics: Any of "recall", "ndcg", "precision", "hit_ratio", "mrr", "arp".
-        item_block: Items scored at once; by default as many as keep the scores of a batch under 256 MB in float32.
+        item_block: Items scored at once; by default as many as keep the scores of a batch under 128 MB in float32.
         deterministic: Break equal scores by the lower item id. Without it their order is unspecified.
 
     Returns:

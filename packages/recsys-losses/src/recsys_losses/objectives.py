@@ -10,20 +10,19 @@ its share of the rows; rows of the others are gathered with their gradients.
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from recsys_losses._checks import SIMILARITIES, check_choice, check_finite, check_positive
+from recsys_losses._checks import check_choice
 from recsys_losses._distributed import Shard, gather_rows
-from recsys_losses.adap_tau import CENTERS, AdaptiveTemperature, adap_tau_loss
+from recsys_losses._loss_config import L2_ON, LOSSES, NEGATIVES, POINTWISE, L2On, LossConfig, draws_of
+from recsys_losses.adap_tau import AdaptiveTemperature, adap_tau_loss
 from recsys_losses.baselines import bce_loss, bpr_loss, softmax_loss
 from recsys_losses.blocked import blocked_log_sum_exp, blocked_scores
-from recsys_losses.bsl import MODES, bilateral_softmax_loss, bsl_loss, grouped_log_mean_exp
+from recsys_losses.bsl import bilateral_softmax_loss, bsl_loss, grouped_log_mean_exp
 from recsys_losses.cpr import CPRLoss, CPRSampler, cpr_loss, cpr_scores
 from recsys_losses.sampling import (
     PopularityNegativeSampler,
@@ -38,162 +37,13 @@ if TYPE_CHECKING:
 
     from torch import Tensor
 
-    from recsys_losses._checks import Similarity
     from recsys_losses._interactions import InteractionData
     from recsys_losses.models import Recommender
 
 __all__ = ["L2_ON", "LOSSES", "NEGATIVES", "CPRObjective", "LossConfig", "PairObjective", "StepLoss", "make_objective"]
 
-Negatives = Literal["uniform", "in-batch", "popularity", "all"]
-L2On = Literal["layer0", "output", "table"]
-
-LOSSES = ("bpr", "bce", "softmax", "ssm", "bsl", "bilateral", "adap-tau", "cpr")
-NEGATIVES = ("uniform", "in-batch", "popularity", "all")
-L2_ON = ("layer0", "output", "table")
-
-_POINTWISE = ("bpr", "bce")
-_SAMPLING = {"negatives", "popularity_beta", "exclude_positives", "group_by_user"}
-_SOFTMAX = _SAMPLING | {"num_negatives", "shared_negatives", "mask_accidental", "similarity"}
-# Options beside the name that a loss uses; any other must keep its default.
-_USED = {
-    "bpr": _SAMPLING | {"similarity"},
-    "bce": _SAMPLING | {"similarity", "num_negatives", "shared_negatives"},
-    "softmax": _SOFTMAX | {"temperature", "logq"},
-    "ssm": _SOFTMAX | {"temperature", "logq"},
-    "bsl": _SOFTMAX | {"temperature", "logq", "power", "bsl_mode"},
-    "bilateral": _SOFTMAX | {"temperature", "logq", "tau_pos", "tau_neg"},
-    "adap-tau": (_SOFTMAX - {"similarity"}) | {"beta", "center", "quantile", "warmup_epochs"},
-    "cpr": {"cpr_max_k", "cpr_sample_rate", "cpr_sample_ratio"},
-}
 # Elements of negatives drawn at once: enough to hide the cost of a call, few enough for the cache.
 _DRAWN_AT_ONCE = 1 << 18
-
-
-@dataclass(frozen=True)
-class LossConfig:
-    r"""A loss and its options; an option that the loss doesn't use must keep its default.
-
-    Args:
-        name: One of `LOSSES`.
-        temperature: $\tau>0$ of softmax, ssm and bsl, and of bilateral where `tau_pos` or `tau_neg` is None.
-        negatives: `"uniform"`: drawn from all items; `"popularity"`: by train count to the power `popularity_beta`;
-            `"in-batch"`: the items of the other rows; `"all"`: the whole catalogue, in blocks. bpr and bce take the first
-            two only.
-        num_negatives: N; None is 1 for bpr, 4 for bce and 512 otherwise.
-        shared_negatives: One set of N negatives for the whole batch, or own ones for every row. None is True for the
-            softmax losses unless `exclude_positives`.
-        exclude_positives: Never draw a user's train items (uniform negatives of their own only). None is True for bpr
-            and bce with uniform negatives, False otherwise.
-        logq: Subtract $\log q$ of the item from its logit (in-batch and popularity negatives). ssm corrects the positive
-            too, the others, which leave it out of the denominator, the negatives only.
-        mask_accidental: Leave out negatives that are the row's own item. ssm masks them all; for the other losses a row
-            that would be left without any keeps them, and means over negatives keep N as divisor.
-        similarity: `"cosine"` or `"dot"` scores in training; None is dot for bpr, bce and cpr, cosine otherwise.
-        power: $r$ of bsl.
-        bsl_mode: `"multi"`, `"reweight"` or `"single"`.
-        group_by_user: Put the rows of a user next to each other, hence into the same batch, in random order of users.
-        tau_pos: $\tau_+$ of bilateral.
-        tau_neg: $\tau_-$ of bilateral.
-        beta: $\beta$ of adap-tau.
-        center: `"mean"` or `"quantile"` of the user losses in adap-tau; `"none"` keeps the global temperature for all.
-        quantile: The quantile of `center="quantile"`.
-        warmup_epochs: Epochs of adap-tau with the closed-form temperature.
-        cpr_max_k: Longest cycle of cpr.
-        cpr_sample_rate: Cycles drawn for one that is kept.
-        cpr_sample_ratio: Cycles of length k for one of k + 1.
-        popularity_beta: Exponent of `negatives="popularity"`.
-
-    Raises:
-        ValueError: If a name is unknown, a number out of range, or an option can't be used with the loss.
-
-    Examples:
-        >>> LossConfig("ssm", negatives="in-batch", logq=True, temperature=0.2).name
-        'ssm'
-    """
-
-    name: str
-    temperature: float = 0.1
-    negatives: Negatives = "uniform"
-    num_negatives: int | None = None
-    shared_negatives: bool | None = None
-    exclude_positives: bool | None = None
-    logq: bool = False
-    mask_accidental: bool = False
-    similarity: Similarity | None = None
-    power: float = 1.0
-    bsl_mode: Literal["multi", "reweight", "single"] = "multi"
-    group_by_user: bool = False
-    tau_pos: float | None = None
-    tau_neg: float | None = None
-    beta: float = 1.0
-    center: Literal["mean", "quantile", "none"] = "mean"
-    quantile: float | None = None
-    warmup_epochs: int = 100
-    cpr_max_k: int = 3
-    cpr_sample_rate: float = 3.0
-    cpr_sample_ratio: float = 3.0
-    popularity_beta: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_choice("loss", self.name, LOSSES)
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name not in _USED[self.name] | {"name"} and value != field.default:
-                raise ValueError(
-                    f"{field.name}={value!r} is not used by loss {self.name!r}; leave it at {field.default!r}"
-                )
-        self._check_values()
-        self._check_negatives()
-
-    def _check_values(self) -> None:
-        for name in ("temperature", "tau_pos", "tau_neg", "beta"):
-            value = getattr(self, name)
-            if value is not None:
-                check_positive(name, value)
-        check_finite("power", self.power)
-        check_choice("bsl_mode", self.bsl_mode, MODES)
-        check_choice("center", self.center, (*CENTERS, "none"))
-        if self.similarity is not None:
-            check_choice("similarity", self.similarity, SIMILARITIES)
-        if self.center == "quantile" and (self.quantile is None or not 0 <= self.quantile <= 1):
-            raise ValueError(f"quantile must be in [0, 1] with center='quantile', got {self.quantile!r}")
-        if self.num_negatives is not None and not self.num_negatives >= 1:
-            raise ValueError(f"num_negatives must be >= 1, got {self.num_negatives!r}")
-
-    def _check_negatives(self) -> None:
-        check_choice("negatives", self.negatives, NEGATIVES)
-        if self.name in _POINTWISE and self.negatives not in ("uniform", "popularity"):
-            raise ValueError(f"loss {self.name!r} takes negatives 'uniform' or 'popularity', got {self.negatives!r}")
-        if self.negatives in ("in-batch", "all"):
-            for name in ("num_negatives", "shared_negatives", "exclude_positives"):
-                if getattr(self, name) is not None:
-                    raise ValueError(f"{name} has no meaning with negatives={self.negatives!r}; leave it at None")
-        if self.logq and self.negatives not in ("in-batch", "popularity"):
-            raise ValueError(f"logq needs negatives 'in-batch' or 'popularity', got {self.negatives!r}")
-        if self.mask_accidental and self.negatives == "all":
-            raise ValueError("mask_accidental has no meaning with negatives='all': the row's own item is known")
-        if self.exclude_positives and (self.shared_negatives or self.negatives != "uniform"):
-            raise ValueError("exclude_positives needs uniform negatives that aren't shared by the batch")
-
-
-class _Draws(NamedTuple):
-    """How sampled negatives are drawn."""
-
-    count: int
-    shared: bool
-    exclude: bool
-
-
-def _draws(config: LossConfig) -> _Draws:
-    pointwise = config.name in _POINTWISE
-    count = config.num_negatives or {"bpr": 1, "bce": 4}.get(config.name, 512)
-    exclude = config.exclude_positives
-    if exclude is None:
-        exclude = pointwise and config.negatives == "uniform" and not config.shared_negatives
-    shared = config.shared_negatives
-    if shared is None:
-        shared = not (pointwise or exclude)
-    return _Draws(count, shared, exclude)
 
 
 class PairBatch(NamedTuple):
@@ -246,8 +96,8 @@ class PairObjective:
         self.generator, self.shard = generator, shard
         self.num_users, self.num_items = data.num_users, data.num_items
         self.user, self.item = data.train.to(device).contiguous()
-        self.similarity = config.similarity or ("dot" if config.name in _POINTWISE else "cosine")
-        self.draws = _draws(config)
+        self.similarity = config.similarity or ("dot" if config.name in POINTWISE else "cosine")
+        self.draws = draws_of(config)
         self._sampler = self._make_sampler(data.train.to(device))
         self._log_q = self._make_log_q(data.train.to(device))
         self.temperature: AdaptiveTemperature | None = None
@@ -312,7 +162,7 @@ class PairObjective:
         valid = self.shard.valid(batch.size)
         if self.config.negatives == "in-batch" and batch.size == 1:  # no other row, nothing to compare with
             return StepLoss((user_table.sum() + item_table.sum()) * 0.0, None)
-        if self.config.name in _POINTWISE and not self.draws.shared:
+        if self.config.name in POINTWISE and not self.draws.shared:
             count = self._counts_rows(model)
             row_loss, squares = self._few_negatives(batch, user_id, item_id, user_table, item_table, keep, count=count)
         else:
@@ -403,7 +253,7 @@ class PairObjective:
         if keep is not None:
             user = user * self.shard.take(keep)
         user, item = self._as_scored(user), self._as_scored(item)
-        scores = (item.view(*item_ids.shape, -1) * user).sum(-1)
+        scores = torch.linalg.vecdot(item.view(*item_ids.shape, -1), user)
         return self._pointwise(scores[0], scores[1:].T), squares
 
     def _pointwise(self, pos: Tensor, neg: Tensor) -> Tensor:
@@ -488,7 +338,7 @@ class PairObjective:
     def _row_loss(self, batch: PairBatch, user_id: Tensor, pos: Tensor, neg: Tensor) -> Tensor:
         """Return the row losses of given scores, (P,) and (P, N)."""
         config = self.config
-        if config.name in _POINTWISE:
+        if config.name in POINTWISE:
             return self._pointwise(pos, neg)
         if config.name == "softmax":
             return softmax_loss(pos, neg, temperature=config.temperature, reduction="none")
@@ -596,7 +446,7 @@ class PairObjective:
 
     def _squares(self, batch: PairBatch, user: Tensor, item: Tensor, item_table: Tensor) -> Tensor:
         squares = _sum_of_squares(user) + _sum_of_squares(item)
-        if batch.negative is None or (self.l2_on == "layer0" and self.config.name not in _POINTWISE):
+        if batch.negative is None or (self.l2_on == "layer0" and self.config.name not in POINTWISE):
             return squares
         return squares + self._negative_squares(batch, item_table)
 

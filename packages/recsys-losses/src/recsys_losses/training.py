@@ -32,19 +32,12 @@ from recsys_losses._distributed import (
     sum_gradients,
     sum_over_processes,
 )
+from recsys_losses._loss_config import LOSSES, L2On, LossConfig
 from recsys_losses._storage import read_tensors, write_tensors
 from recsys_losses.data import InteractionData, hold_out_validation
 from recsys_losses.metrics import METRICS, evaluate_full_ranking
 from recsys_losses.models import LightGCN, MatrixFactorization, Recommender
-from recsys_losses.objectives import (
-    LOSSES,
-    CPRObjective,
-    L2On,
-    LossConfig,
-    PairObjective,
-    StepLoss,
-    make_objective,
-)
+from recsys_losses.objectives import CPRObjective, PairObjective, StepLoss, make_objective
 
 if TYPE_CHECKING:
     import os
@@ -155,7 +148,7 @@ def fit(
         score_eval: Score that ranks in evaluations.
         seed: Seed of shuffling, negatives, dropout and the held-out pairs; the model has its own.
         device: Torch device.
-        ks: Cut-offs of the metrics.
+        ks: Cut-offs of the metrics; unused, as `monitor` is, with `select_on="none"`.
         checkpoint: safetensors file that is replaced after every epoch; None writes none.
         resume: Continue from `checkpoint` where it exists; False starts over.
         progress: Show a progress bar (tqdm) with rate and time left.
@@ -575,6 +568,10 @@ def _check_arguments(
         raise ValueError(f"l2 must be a finite number >= 0, got {l2!r}")
     check_choice("select_on", select_on, _SELECT_ON)
     check_choice("score_eval", score_eval, _SCORES)
+    if data.train.shape[1] == 0:
+        raise ValueError("data.train is empty: there is nothing to train on")
+    if select_on == "none":
+        return ()
     for k in ks:
         if not 1 <= k <= data.num_items:
             raise ValueError(f"k must be in 1..{data.num_items} (the number of items), got {k!r}")
@@ -582,6 +579,4 @@ def _check_arguments(
     check_choice("monitor", metric, _MONITORS)
     if cutoff not in {str(k) for k in ks}:
         raise ValueError(f"monitor={monitor!r} needs its cut-off among ks={tuple(ks)}")
-    if data.train.shape[1] == 0:
-        raise ValueError("data.train is empty: there is nothing to train on")
     return tuple(dict.fromkeys(("recall", "ndcg", metric)))

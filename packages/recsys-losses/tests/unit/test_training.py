@@ -596,10 +596,10 @@ class TestBadArguments:
             ({"l2_on": "layer1"}, "did you mean 'layer0'"),
             ({"select_on": "validation"}, "did you mean 'valid'"),
             ({"score_eval": "cos"}, "unknown score_eval"),
-            ({"monitor": "recal@20"}, "did you mean 'recall'"),
-            ({"monitor": "arp@20"}, "unknown monitor 'arp'"),
-            ({"monitor": "recall@10"}, r"needs its cut-off among ks=\(20,\)"),
-            ({"ks": (20, 37)}, r"k must be in 1\.\.36 .* got 37"),
+            ({"select_on": "valid", "monitor": "recal@20"}, "did you mean 'recall'"),
+            ({"select_on": "valid", "monitor": "arp@20"}, "unknown monitor 'arp'"),
+            ({"select_on": "valid", "monitor": "recall@10"}, r"needs its cut-off among ks=\(20,\)"),
+            ({"select_on": "valid", "ks": (20, 37)}, r"k must be in 1\.\.36 .* got 37"),
         ],
     )
     def test_fit(self, options: dict[str, Any], message: str) -> None:
