@@ -216,7 +216,7 @@ def _line(index: int, place: int) -> dict[str, Any]:
 
 
 def _heading(metric: Metric) -> str:
-    return f"{metric.label or metric.name} ({metric.better} is better)"
+    return f"{metric.label or metric.name} {'↑' if metric.sign > 0 else '↓'}"
 
 
 def _attribute(text: str) -> str:

@@ -97,11 +97,18 @@ def test_cells_of_other_commits_are_kept_with_a_warning(toys, measured):
     assert "measured at other commits (ffffffffff)" in summary.warnings[0]
 
 
-def test_a_cell_runs_on_one_thread_in_its_own_process(toys, measured):
-    store = measured(toys.case(seeds=(0,)))
-    peak = max(record.train_info["peak_mib"] for record in store.latest())
-    own = int(next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmRSS")).split()[1])
-    assert peak < own / 1024  # the memory of this process is not in it
+def test_every_cell_has_a_process_and_a_memory_of_its_own(toys):
+    methods = {"big": {"do": "allocate", "mib": 300}, "small": {"do": "fit"}, "broken": {"do": "die"}}
+    case = toys.case(methods=methods, baseline="small", seeds=(0, 1), preload=("json", "no_such_module"))
+    outcomes = [outcome for _, outcome in local([specification(cell, None) for cell in case.cells()], 1)]
+    assert [outcome["status"] for outcome in outcomes] == 2 * ["ok", "ok", "failed"]
+    big, small, _, _, after, _ = outcomes
+    assert big["peak_mib"] > 300
+    assert after["peak_mib"] == pytest.approx(small["peak_mib"], abs=20)  # nothing of the cells before is in it
+    pids = [outcome["info"]["pid"] for outcome in outcomes if outcome["status"] == "ok"]
+    assert len(set(pids)) == 4
+    assert os.getpid() not in pids
+    assert {outcome["info"]["threads"] for outcome in outcomes if outcome["status"] == "ok"} == {"1"}
 
 
 def test_closing_the_executor_ends_its_cells(toys, tmp_path):
@@ -114,7 +121,7 @@ def test_closing_the_executor_ends_its_cells(toys, tmp_path):
     wait_until(lambda: any(tmp_path.iterdir()))
     (pid,) = (int(file.name) for file in tmp_path.iterdir())
     outcomes.close()
-    assert not alive(pid)
+    wait_until(lambda: not alive(pid), 5)
 
 
 def test_kill_9_loses_nothing_that_was_finished(toy_file, tmp_path, bench, monkeypatch):
@@ -146,7 +153,7 @@ def test_an_interrupt_ends_the_cells_and_keeps_the_finished(toy_file, tmp_path, 
     _, errors = process.communicate(timeout=20)
     assert process.returncode == 130
     assert "error: interrupted; finished cells are kept in" in errors
-    assert not any(alive(int(file.name)) for file in ready.iterdir())
+    wait_until(lambda: not any(alive(int(file.name)) for file in ready.iterdir()), 5)
     assert 1 <= len(Store(output).latest()) < 8
     assert not list((output / "records").glob(".*"))
 

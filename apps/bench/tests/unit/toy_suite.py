@@ -30,14 +30,17 @@ def train(cell: CellInput) -> CellOutput:
         if "ready" in cell.settings:
             (Path(cell.settings["ready"]) / f"{os.getpid()}").touch()
         time.sleep(cell.settings["seconds"])
+    if behaviour == "allocate":
+        bytearray(cell.settings["mib"] << 20)
     level = cell.settings.get("level", 0.2)
     wobble = (cell.seed * 7919 % 13) / 1000
     quality = level + wobble + cell.settings.get("slope", 0.0) * wobble
     history = tuple(
         {"epoch": e, "seconds": 0.5 * e, "recall@20": quality * e / 4, "loss": 1.0 / e} for e in range(1, 5)
     )
+    info = {"device": "cpu", "data_sha256": "0" * 64, "pid": os.getpid(), "threads": os.environ["OMP_NUM_THREADS"]}
     metrics = {"recall@20": quality, "arp@20": 100 * level, "train_seconds": 2.0}
-    return CellOutput(metrics, history, {"device": "cpu", "data_sha256": "0" * 64, "users": 10})
+    return CellOutput(metrics, history, info)
 
 
 def case(name: str = "toy", **changes: object) -> Case:

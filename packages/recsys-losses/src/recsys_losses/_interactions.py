@@ -122,20 +122,19 @@ def shifted_keys(keys: Tensor, num_items: int) -> Tensor:
     return keys - torch.arange(keys.numel(), device=keys.device) + torch.searchsorted(user, user)
 
 
-def nth_free_item(keys: Tensor, shifted: Tensor, user: Tensor, rank: Tensor, num_items: int) -> Tensor:
+def nth_free_item(shifted: Tensor, start: Tensor, user: Tensor, rank: Tensor, num_items: int) -> Tensor:
     """Return the item with this 0-based rank among those the user has no pair with.
 
     It is the rank plus the number of positives before the item, the positives p_j with p_j - j <= rank.
 
     Args:
-        keys: Sorted distinct keys (E,) of the pairs.
-        shifted: Their `shifted_keys` (E,).
+        shifted: `shifted_keys` (E,) of the pairs.
+        start: Position of each user's first pair among the sorted keys, of the shape of `user`.
         user: User ids, of a shape that broadcasts with `rank`.
         rank: Ranks below the number of free items of the user.
         num_items: Number of items I.
     """
-    base = user * num_items
-    return rank + torch.searchsorted(shifted, base + rank, right=True) - torch.searchsorted(keys, base)
+    return rank + torch.searchsorted(shifted, user * num_items + rank, right=True) - start
 
 
 class EdgeSet:

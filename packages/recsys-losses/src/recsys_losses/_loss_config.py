@@ -146,7 +146,7 @@ class LossConfig:
 class Draws(NamedTuple):
     """How sampled negatives are drawn."""
 
-    count: int
+    number: int
     shared: bool
     exclude: bool
 
@@ -154,11 +154,11 @@ class Draws(NamedTuple):
 def draws_of(config: LossConfig) -> Draws:
     """Return how a loss draws its negatives, with the defaults of that loss filled in."""
     pointwise = config.name in POINTWISE
-    count = config.num_negatives or {"bpr": 1, "bce": 4}.get(config.name, 512)
+    number = config.num_negatives or {"bpr": 1, "bce": 4}.get(config.name, 512)
     exclude = config.exclude_positives
     if exclude is None:
         exclude = pointwise and config.negatives == "uniform" and not config.shared_negatives
     shared = config.shared_negatives
     if shared is None:
         shared = not (pointwise or exclude)
-    return Draws(count, shared, exclude)
+    return Draws(number, shared, exclude)

@@ -294,7 +294,8 @@ def _draw_free_keys(
     """Draw for every user `draws` keys, with repetition, of pairs that are not among the sorted `known` keys."""
     user = torch.repeat_interleave(torch.arange(draws.numel()), draws)
     rank = (torch.rand(user.numel(), dtype=torch.float64, generator=generator) * free[user]).long()
-    return user * num_items + nth_free_item(known, shifted_keys(known, num_items), user, rank, num_items)
+    start = torch.searchsorted(known, user * num_items)
+    return user * num_items + nth_free_item(shifted_keys(known, num_items), start, user, rank, num_items)
 
 
 def _floor_share(share: float, size: Tensor) -> Tensor:

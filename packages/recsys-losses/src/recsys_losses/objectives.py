@@ -24,6 +24,7 @@ from recsys_losses.baselines import bce_loss, bpr_loss, softmax_loss
 from recsys_losses.blocked import blocked_log_sum_exp, blocked_scores
 from recsys_losses.bsl import bilateral_softmax_loss, bsl_loss, grouped_log_mean_exp
 from recsys_losses.cpr import CPRLoss, CPRSampler, cpr_loss, cpr_scores
+from recsys_losses.models import MatrixFactorization, Recommender
 from recsys_losses.sampling import (
     PopularityNegativeSampler,
     UniformNegativeSampler,
@@ -38,7 +39,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from recsys_losses._interactions import InteractionData
-    from recsys_losses.models import Recommender
 
 __all__ = ["L2_ON", "LOSSES", "NEGATIVES", "CPRObjective", "LossConfig", "PairObjective", "StepLoss", "make_objective"]
 
@@ -116,7 +116,7 @@ class PairObjective:
     @property
     def rows_per_epoch(self) -> int:
         """Positive pairs that an epoch trains on."""
-        return self.user.shape[0]
+        return len(self.user)
 
     def start_epoch(self, epoch: int, model: Recommender) -> dict[str, float]:
         """Renew what is renewed once per epoch and return what is worth recording."""
@@ -189,7 +189,7 @@ class PairObjective:
     def _steps_drawn_at_once(self) -> int:
         if self._sampler is None:
             return -(-len(self.user) // self.batch_size)
-        per_step = self.draws.count if self.draws.shared else self.draws.count * self.batch_size
+        per_step = self.draws.number if self.draws.shared else self.draws.number * self.batch_size
         return max(1, _DRAWN_AT_ONCE // per_step)
 
     def _make_sampler(self, train: Tensor) -> UniformNegativeSampler | PopularityNegativeSampler | None:
@@ -222,9 +222,9 @@ class PairObjective:
         if self._sampler is None:
             return None
         if not self.draws.shared:
-            return self._sampler.sample(user, self.draws.count)
+            return self._sampler.sample(user, self.draws.number)
         steps = -(-len(user) // self.batch_size)
-        return self._sampler.sample(user, steps * self.draws.count).view(steps, self.draws.count)
+        return self._sampler.sample(user, steps * self.draws.number).view(steps, self.draws.number)
 
     # --- scores and losses -------------------------------------------------------------------------------------------
 
@@ -620,7 +620,7 @@ def make_objective(
 
 def _is_flat(model: Recommender) -> bool:
     """Whether the scoring tables are the base tables themselves."""
-    return model.options()["model"] == "mf"
+    return isinstance(model, MatrixFactorization)
 
 
 def _sum_of_squares(x: Tensor) -> Tensor:

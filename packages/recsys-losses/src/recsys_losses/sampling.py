@@ -110,14 +110,18 @@ class UniformNegativeSampler:
         self.num_items = num_items
         self.shared = shared
         self.generator = generator
-        self._edges: EdgeSet | None = None
+        self._shifted: Tensor | None = None
         if exclude is not None:
-            self._edges = EdgeSet(exclude, num_items)
-            self._shifted = shifted_keys(self._edges.keys, num_items)
-            self._some_user_full = bool((count_ids(self._edges.keys // num_items, 1) == num_items).any())
+            keys = EdgeSet(exclude, num_items).keys
+            count = count_ids(keys // num_items, 1)
+            self._shifted = shifted_keys(keys, num_items)
+            # Positions of each user's pairs; the last entry serves users beyond the last one that has any.
+            self._start = torch.cat((count.new_zeros(1), count.cumsum(0), count.new_full((1,), keys.numel())))
+            self._some_user_full = bool((count == num_items).any())
 
     def __repr__(self) -> str:
-        return f"UniformNegativeSampler(num_items={self.num_items}, exclude={self._edges}, shared={self.shared})"
+        pairs = None if self._shifted is None else f"{self._shifted.numel()} pairs"
+        return f"UniformNegativeSampler(num_items={self.num_items}, exclude={pairs}, shared={self.shared})"
 
     def sample(self, user: Tensor, n: int) -> Tensor:
         """Draw `n` negatives per user, or `n` for the whole batch if `shared`.
@@ -136,23 +140,24 @@ class UniformNegativeSampler:
         if self.shared:
             return self._randint((n,), user.device)
         shape = (user.shape[0], n)
-        if self._edges is None:
+        if self._shifted is None:
             return self._randint(shape, user.device)
-        if self._edges.device != user.device:
-            self._edges, self._shifted = self._edges.to(user.device), self._shifted.to(user.device)
-        return self._sample_free(self._edges.keys, user.long(), shape)
+        if self._shifted.device != user.device:
+            self._shifted, self._start = self._shifted.to(user.device), self._start.to(user.device)
+        return self._sample_free(self._shifted, user.long(), shape)
 
     def _randint(self, shape: tuple[int, ...], device: torch.device) -> Tensor:
         source = self.generator.device if self.generator is not None else device
         return torch.randint(self.num_items, shape, generator=self.generator, device=source).to(device)
 
-    def _sample_free(self, keys: Tensor, user: Tensor, shape: tuple[int, int]) -> Tensor:
-        base = user * self.num_items
-        free = self.num_items - torch.searchsorted(keys, base + self.num_items) + torch.searchsorted(keys, base)
+    def _sample_free(self, shifted: Tensor, user: Tensor, shape: tuple[int, int]) -> Tensor:
+        row = user.clamp(max=self._start.numel() - 2)
+        start = self._start[row]
+        free = self.num_items - self._start[row + 1] + start
         if self._some_user_full and bool((free == 0).any()):
             raise ValueError(f"user {int(user[free == 0][0])} has interacted with all items; no negative can be drawn")
         rank = (_rand(shape, self.generator, user.device) * free.unsqueeze(1)).long()
-        return nth_free_item(keys, self._shifted, user.unsqueeze(1), rank, self.num_items)
+        return nth_free_item(shifted, start.unsqueeze(1), user.unsqueeze(1), rank, self.num_items)
 
 
 class PopularityNegativeSampler:
