@@ -191,3 +191,15 @@ def test_outputs_of_scripts_are_shown_beside_suites(folder):
     (folder / "empty.json").write_text('{"data": "a"}', encoding="utf-8")
     with pytest.raises(ValueError, match=re.escape("empty.json holds no figure")):
         results_tables.speed()
+
+
+def test_the_bench_suites_quote_the_same_published_figures():
+    suites = ROOT / "apps/bench/src/ballast_bench/suites/published.json"
+    docs = json.loads((ROOT / "docs/results/published.json").read_text())["figures"]
+    known = set()
+    for figures in docs.values():
+        for metric, value in figures.items():
+            if metric != "source":
+                known.add((metric, value[0] if isinstance(value, list) else value))
+    quoted = {(row["metric"], row["value"]) for row in json.loads(suites.read_text())["figures"]}
+    assert quoted <= known
