@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from recsys_losses._checks import check_choice, upcast
+from recsys_losses._interactions import check_edges
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -45,18 +46,6 @@ _CPU_ROWS = 256
 _TILE = 64
 # Scores held at once when `item_block` is left to us: 128 MB in float32.
 _SCORES_AT_ONCE = 1 << 25
-
-
-def _check_edges(name: str, edge_index: Tensor, num_users: int, num_items: int) -> None:
-    """Raise ValueError unless `edge_index` is an int64 (2, E) of known users and items."""
-    if edge_index.ndim != 2 or edge_index.shape[0] != 2 or edge_index.dtype != torch.int64:
-        raise ValueError(f"{name} must be an int64 tensor (2, E), got {edge_index.dtype} {tuple(edge_index.shape)}")
-    if edge_index.shape[1] == 0:
-        return
-    for kind, ids, size in (("user", edge_index[0], num_users), ("item", edge_index[1], num_items)):
-        low, high = (int(x) for x in torch.aminmax(ids))
-        if low < 0 or high >= size:
-            raise ValueError(f"{name}: {kind} id {low if low < 0 else high} out of range [0, {size})")
 
 
 def _check_tables(user_emb: Tensor, item_emb: Tensor) -> None:
@@ -269,12 +258,12 @@ def topk_items(
     _check_sizes(batch_size, item_block)
     if exclude_edge_index is None:
         exclude_edge_index = torch.empty(2, 0, dtype=torch.int64)
-    _check_edges("exclude_edge_index", exclude_edge_index, len(user_emb), len(item_emb))
+    check_edges("exclude_edge_index", exclude_edge_index, len(user_emb), len(item_emb))
     if users is None:
         users = torch.arange(len(user_emb))
     elif users.ndim != 1:
         raise ValueError(f"users must have shape (n,), got {tuple(users.shape)}")
-    _check_edges("users", torch.stack((users, torch.zeros_like(users))), len(user_emb), len(item_emb))
+    check_edges("users", torch.stack((users, torch.zeros_like(users))), len(user_emb), len(item_emb))
     key = _sorted_keys(exclude_edge_index, len(item_emb), user_emb.device)
     ranked = _rank(
         user_emb,
@@ -347,8 +336,8 @@ def _ranked_hits(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return (top items (n, k), hits (n, k), relevant items per user (n,), train degree of each item (I,))."""
     num_users, num_items = len(user_emb), len(item_emb)
-    _check_edges("train_edge_index", train_edge_index, num_users, num_items)
-    _check_edges("test_edge_index", test_edge_index, num_users, num_items)
+    check_edges("train_edge_index", train_edge_index, num_users, num_items)
+    check_edges("test_edge_index", test_edge_index, num_users, num_items)
     if test_edge_index.shape[1] == 0:
         raise ValueError("test_edge_index is empty: no user has a test item")
     train = _sorted_keys(train_edge_index, num_items, user_emb.device)
