@@ -33,7 +33,12 @@ def start(toy_file, output, ready=None):
     words = ["run", "--suite", f"{toy_file}:slow", "--output", output, "--jobs", 2, "--no-report"]
     environment = {**os.environ, **({"TOY_READY": str(ready)} if ready else {})}
     return subprocess.Popen(
-        [sys.executable, "-m", "ballast_bench", *map(str, words)], stderr=subprocess.PIPE, text=True, env=environment
+        [sys.executable, "-m", "ballast_bench", *map(str, words)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        # a shell starts background jobs with SIGINT ignored, and so would be whatever the tests start
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # noqa: PLW1509
     )
 
 
