@@ -203,8 +203,9 @@ def wheel(session: nox.Session, package: str) -> None:
         session.run(
             "uv", "build", "--quiet", "--all-packages", "--no-sources", "--wheel", "--out-dir", tmp, external=True
         )
-        stem = package.replace("-", "_")
-        own = [str(f) for f in Path(tmp).glob("*.whl") if f.name.startswith((f"{stem}-", "ballast_testing-"))]
+        # The test kit comes from the checkout, through the group; what is tested comes from wheels alone.
+        wheels = {f.name.split("-")[0].replace("_", "-"): str(f) for f in Path(tmp).glob("*.whl")}
+        own = [path for name, path in wheels.items() if name == package or _declares(package, name)]
         session.run_install(
             "uv", "pip", "install", "--quiet", *own, "--group", f"{folder}/pyproject.toml:test", external=True
         )
