@@ -126,7 +126,7 @@ def main() -> None:
         ours = rate(lambda sampler=sampler: sum(u.numel() for b in sampler for u, _ in b.values()), args.repeats)
         theirs = rate(loop, args.repeats)
         record = {
-            "benchmark": "cpr_sampler",
+            "command": f"python packages/recsys-losses/benchmarks/cpr_sampler.py{' --root shared/data' if args.root else ''}",
             "data": name if args.root else f"{name}-like",
             "users": num_users,
             "items": num_items,

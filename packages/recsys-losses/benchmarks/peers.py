@@ -149,6 +149,7 @@ def main() -> None:
     """Run the comparison and write or print one JSON object."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-root", type=Path, default=Path(os.environ.get("BALLAST_DATA", "../shared/data")))
+    parser.add_argument("--data", nargs="+", default=["lastfm", "ml-100k", "gowalla"], help="data sets to train on")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=2048)
     parser.add_argument("--skip-evaluation", action="store_true")
@@ -163,13 +164,15 @@ def main() -> None:
         return
     args.recbole = [args.recbole_python] if args.recbole_python else RECBOLE
     args.cornac = [args.cornac_python] if args.cornac_python else CORNAC
-    results = [compare_training(name, args) for name in ("lastfm", "ml-100k", "gowalla")]
+    results = [compare_training(name, args) for name in args.data]
     if not args.skip_evaluation:
         results.append(compare_evaluation(args))
-    text = (
-        json.dumps({"command": "python packages/recsys-losses/benchmarks/peers.py", "results": results}, indent=2)
-        + "\n"
-    )
+    about = {
+        "command": "python packages/recsys-losses/benchmarks/peers.py",
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "load_1min": round(os.getloadavg()[0], 2),
+    }
+    text = json.dumps(about | {"results": results}, indent=2) + "\n"
     if args.output:
         args.output.write_text(text, encoding="utf-8")
     print(text)
