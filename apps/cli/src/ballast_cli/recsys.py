@@ -269,9 +269,9 @@ def _recommend(
     model: Path, data: DataOptions, users: tuple[int, ...] | None, k: int, score: Score
 ) -> list[tuple[int, list[int]]]:
     import torch
-    from recsys_losses.training import load_model
 
     from recsys_losses.metrics import topk_items
+    from recsys_losses.training import load_model
 
     interactions = data.load()
     recommender = load_model(model, interactions)
