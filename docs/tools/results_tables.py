@@ -208,7 +208,13 @@ def _figures(value: Any, where: str) -> list[tuple[str, str, str]]:
         elif key == "median" and isinstance(inner, dict):
             unit = value.get("unit", "")
             rows += [
-                (html.escape(where), side.replace("_", " "), f"{x:,.0f} {unit}".strip()) for side, x in inner.items()
+                (html.escape(where), side.replace("_", " "), f"{_number('', x)} {unit}".strip())
+                for side, x in inner.items()
+            ]
+        elif key.startswith(("speedup_over_", "largest_difference_")) and isinstance(inner, dict):
+            what = key.replace("_", " ")
+            rows += [
+                (html.escape(where), f"{side.replace('_', ' ')}, {what}", _number("", x)) for side, x in inner.items()
             ]
         elif isinstance(inner, (dict, list)) and key not in HIDDEN:
             side = "" if key in ("sides", "cases", "results") else key.replace("_", " ")
