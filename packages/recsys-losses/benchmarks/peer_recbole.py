@@ -12,6 +12,7 @@ so that both sides rank the same scores. Prints one JSON object.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import statistics
 import tempfile
@@ -67,9 +68,10 @@ def main() -> None:
     from recbole.trainer import Trainer
     from recbole.utils import get_model, init_seed
 
-    with tempfile.TemporaryDirectory() as tmp:
-        write_atomic_files(args.arrays, Path(tmp), "peer")
-        num_items = int(np.load(args.arrays / "train.npy")[1].max()) + 1
+    arrays = args.arrays.resolve()
+    with tempfile.TemporaryDirectory() as tmp, contextlib.chdir(tmp):  # RecBole writes its logs where it stands
+        write_atomic_files(arrays, Path(tmp), "peer")
+        num_items = int(np.load(arrays / "train.npy")[1].max()) + 1
 
         def build(users_per_batch: int):
             config = Config(
@@ -113,7 +115,7 @@ def main() -> None:
                 start = time.perf_counter()
                 trainer._train_epoch(train_data, epoch, show_progress=False)
                 seconds.append(time.perf_counter() - start)
-            interactions = int(np.load(args.arrays / "train.npy").shape[1])
+            interactions = int(np.load(arrays / "train.npy").shape[1])
             result |= {
                 "task": "train",
                 "batch_size": args.batch_size,
@@ -125,12 +127,12 @@ def main() -> None:
             runs = []
             for users_per_batch in args.users_per_batch:
                 trainer, model, dataset, _, test_data = build(users_per_batch)
-                load_embeddings(model, dataset, args.arrays)
+                load_embeddings(model, dataset, arrays)
                 start = time.perf_counter()
                 metrics = trainer.evaluate(test_data, load_best_model=False, show_progress=False)
                 runs.append((time.perf_counter() - start, users_per_batch, dict(metrics)))
             seconds_best, users_per_batch, metrics = min(runs, key=lambda run: run[0])
-            users = len(np.unique(np.load(args.arrays / "test.npy")[0]))
+            users = len(np.unique(np.load(arrays / "test.npy")[0]))
             result |= {
                 "task": "evaluate",
                 "users": users,
