@@ -14,10 +14,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-import time
 import warnings
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -26,12 +24,12 @@ import torch.nn.functional as F
 from recsys_losses._checks import check_choice, check_positive
 from recsys_losses._distributed import (
     Shard,
-    barrier,
     broadcast_from_first,
     current_shard,
     sum_gradients,
     sum_over_processes,
 )
+from recsys_losses._epochs import EpochRun, EpochsResult
 from recsys_losses._loss_config import LOSSES, L2On, LossConfig
 from recsys_losses._storage import read_tensors, write_tensors
 from recsys_losses.data import InteractionData, hold_out_validation
@@ -60,7 +58,7 @@ _MODEL = "recsys_losses model"
 
 
 @dataclass(frozen=True)
-class FitResult:
+class FitResult(EpochsResult):
     """What `fit` did; the model itself is trained in place.
 
     Args:
@@ -74,26 +72,7 @@ class FitResult:
         interactions_per_second: Positive rows trained on per second of the training steps.
     """
 
-    history: list[dict[str, float]]
-    best_epoch: int
-    best: dict[str, float]
-    stopped_early: bool
-    seconds: float
     interactions_per_second: float
-
-
-@dataclass
-class _Progress:
-    """What a run has to know of its past."""
-
-    history: list[dict[str, float]] = field(default_factory=list)
-    best_epoch: int = -1
-    best: dict[str, float] = field(default_factory=dict)
-    waited: int = 0
-    seconds: float = 0.0
-
-    def is_better(self, metrics: dict[str, float], monitor: str) -> bool:
-        return not self.best or metrics[monitor] > self.best[monitor]
 
 
 def fit(
@@ -188,7 +167,6 @@ def fit(
     objective = make_objective(
         loss, data, batch_size=batch_size, l2=l2, l2_on=l2_on, generator=generator, device=device, shard=shard
     )
-    run = _Run(model, objective, _adam(model, lr, device), generator, shard)
     settings = {
         "loss": dataclasses.asdict(loss),
         "model": model.options(),
@@ -205,154 +183,83 @@ def fit(
         "seed": seed,
         "ks": list(ks),
     }
-    if checkpoint is not None and resume and Path(checkpoint).exists():
-        run.load(checkpoint, settings)
-    bar = _bar(epochs, objective.rows_per_epoch, len(run.state.history), show=progress and shard.rank == 0)
+    optimizer = _adam(model, lr, device)
+    run = EpochRun(_CHECKPOINT, model, optimizer, generator, settings=settings, extra=objective, shard=shard)
+    run.load_if_there(checkpoint, resume=resume)
+    bar = _bar(epochs, objective.rows_per_epoch, run.epochs_done, show=progress and shard.rank == 0)
+
+    def train(epoch: int) -> dict[str, float]:
+        return _train_epoch(model, objective, optimizer, shard, epoch, bar)
+
+    def rank() -> dict[str, float]:
+        assert ranked is not None  # noqa: S101  # only called then
+        return _rank_on_first(model, data, ranked, shard, ks=ks, metrics=metrics, score=score_eval)
+
+    def report(record: dict[str, float]) -> None:
+        if bar is not None:
+            bar.set_postfix({k: f"{v:.4g}" for k, v in record.items() if k == "loss" or k == monitor})
+        if on_epoch is not None:
+            on_epoch(record)
+
     try:
-        for epoch in range(len(run.state.history), epochs):
-            if patience is not None and run.state.waited >= patience:
-                break
-            start = time.perf_counter()
-            record = run.train(epoch, bar)
-            if ranked is not None and ((epoch + 1) % eval_every == 0 or epoch + 1 == epochs):
-                values = run.evaluate(data, ranked, ks, metrics, score_eval)
-                record |= values
-                run.select(epoch, values, monitor)
-            run.state.seconds += time.perf_counter() - start
-            run.state.history.append(record)
-            if checkpoint is not None:
-                run.save(checkpoint, settings)
-            if bar is not None:
-                bar.set_postfix({k: f"{v:.4g}" for k, v in record.items() if k == "loss" or k == monitor})
-            if on_epoch is not None:
-                on_epoch(dict(record))
+        result = run.run(
+            epochs,
+            train,
+            None if ranked is None else rank,
+            monitor=monitor,
+            eval_every=eval_every,
+            patience=patience,
+            checkpoint=checkpoint,
+            on_epoch=report,
+        )
     finally:
         if bar is not None:
             bar.close()
-    return run.finish(epochs)
+    trained = sum(record["seconds"] for record in result.history)
+    rows = len(result.history) * objective.rows_per_epoch
+    return FitResult(**vars(result), interactions_per_second=rows / trained if trained > 0 else math.nan)
 
 
-class _Run:
-    """A model in training, with everything that a checkpoint holds."""
+def _train_epoch(
+    model: Recommender, objective: Objective, optimizer: Optimizer, shard: Shard, epoch: int, bar: Any
+) -> dict[str, float]:
+    extra = objective.start_epoch(epoch, model)
+    parameters = list(model.parameters())
+    total = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
+    rows = 0
+    for batch in objective.batches():
+        optimizer.zero_grad(set_to_none=True)
+        step: StepLoss = objective(batch, model)  # type: ignore[arg-type]
+        step.total().backward()  # type: ignore[no-untyped-call]
+        sum_gradients(parameters, shard)
+        optimizer.step()
+        total += step.loss.detach() * batch.size
+        rows += batch.size
+        if bar is not None:
+            bar.update(batch.size)
+    return {"loss": float(sum_over_processes(total, shard)) / rows, **extra}
 
-    def __init__(
-        self,
-        model: Recommender,
-        objective: Objective,
-        optimizer: Optimizer,
-        generator: torch.Generator,
-        shard: Shard,
-    ) -> None:
-        self.model, self.objective, self.optimizer = model, objective, optimizer
-        self.generator, self.shard = generator, shard
-        self.state = _Progress()
-        self.best_parameters: dict[str, Tensor] = {}
 
-    def train(self, epoch: int, bar: Any) -> dict[str, float]:
-        """Train one epoch and return its record."""
-        start = time.perf_counter()
-        extra = self.objective.start_epoch(epoch, self.model)
-        parameters = list(self.model.parameters())
-        total = torch.zeros((), dtype=torch.float64, device=parameters[0].device)
-        rows = 0
-        for batch in self.objective.batches():
-            self.optimizer.zero_grad(set_to_none=True)
-            step: StepLoss = self.objective(batch, self.model)  # type: ignore[arg-type]
-            step.total().backward()  # type: ignore[no-untyped-call]
-            sum_gradients(parameters, self.shard)
-            self.optimizer.step()
-            total += step.loss.detach() * batch.size
-            rows += batch.size
-            if bar is not None:
-                bar.update(batch.size)
-        mean = float(sum_over_processes(total, self.shard)) / rows
-        if not math.isfinite(mean):
-            raise RuntimeError(f"the loss of epoch {epoch} is {mean}; a lower lr or a higher temperature may help")
-        return {"epoch": epoch, "loss": mean, **extra, "seconds": time.perf_counter() - start}
-
-    def evaluate(
-        self, data: InteractionData, ranked: Tensor, ks: Sequence[int], metrics: Sequence[str], score: Score
-    ) -> dict[str, float]:
-        """Return the metrics on the pairs that select; the first process computes them for all."""
-        names = [f"{name}@{k}" for k in ks for name in metrics]
-        if self.shard.world == 1:
-            return _ranking(self.model, data.train, ranked, ks=ks, metrics=metrics, score=score)
-        values = next(self.model.parameters()).new_zeros(len(names), dtype=torch.float64)
-        if self.shard.rank == 0:
-            found = _ranking(self.model, data.train, ranked, ks=ks, metrics=metrics, score=score)
-            values.copy_(torch.tensor([found[name] for name in names], dtype=torch.float64))
-        broadcast_from_first([values], self.shard)
-        return dict(zip(names, values.tolist(), strict=True))
-
-    def select(self, epoch: int, metrics: dict[str, float], monitor: str) -> None:
-        """Keep the parameters if they are the best so far."""
-        state = self.state
-        if not state.is_better(metrics, monitor):
-            state.waited += 1
-            return
-        state.best_epoch, state.best, state.waited = epoch, metrics, 0
-        self.best_parameters = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
-
-    def finish(self, epochs: int) -> FitResult:
-        """Give the model its best parameters and report."""
-        state = self.state
-        if self.best_parameters:
-            self.model.load_state_dict(self.best_parameters)
-        trained = sum(record["seconds"] for record in state.history)
-        rows = len(state.history) * self.objective.rows_per_epoch
-        return FitResult(
-            history=state.history,
-            best_epoch=state.best_epoch if state.best else len(state.history) - 1,
-            best=state.best,
-            stopped_early=len(state.history) < epochs,
-            seconds=state.seconds,
-            interactions_per_second=rows / trained if trained > 0 else math.nan,
-        )
-
-    def save(self, path: str | os.PathLike[str], settings: dict[str, Any]) -> None:
-        """Write everything that the rest of the run depends on; the first process does."""
-        objective = self.objective.state_dict()  # on every process: it may have to be summed up
-        if self.shard.rank == 0:
-            tensors = {
-                "generator": self.generator.get_state(),
-                **{f"model.{name}": value for name, value in self.model.state_dict().items()},
-                **{f"best.{name}": value for name, value in self.best_parameters.items()},
-                **{f"objective.{name}": value for name, value in objective.items()},
-                **{
-                    f"optimizer.{number}.{name}": value
-                    for number, values in self.optimizer.state_dict()["state"].items()
-                    for name, value in values.items()
-                },
-            }
-            state = dataclasses.asdict(self.state)
-            write_tensors(path, tensors, {"kind": _CHECKPOINT, "version": 1, "settings": settings, "state": state})
-        barrier(self.shard)
-
-    def load(self, path: str | os.PathLike[str], settings: dict[str, Any]) -> None:
-        """Take over what `save` wrote.
-
-        Raises:
-            ValueError: If it was written with other settings.
-        """
-        tensors, metadata = read_tensors(path, _CHECKPOINT)
-        _check_settings(path, metadata["settings"], settings)
-        parts: dict[str, dict[str, Tensor]] = {"model": {}, "best": {}, "objective": {}, "optimizer": {}}
-        for name, value in tensors.items():
-            part, _, rest = name.partition(".")
-            if part in parts:
-                parts[part][rest] = value
-        self.model.load_state_dict(parts["model"])
-        device = next(self.model.parameters()).device
-        self.best_parameters = {name: value.to(device) for name, value in parts["best"].items()}
-        self.objective.load_state_dict(parts["objective"])
-        moments: dict[int, dict[str, Tensor]] = {}
-        for name, value in parts["optimizer"].items():
-            number, _, rest = name.partition(".")
-            moments.setdefault(int(number), {})[rest] = value
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": moments, "param_groups": groups})
-        self.generator.set_state(tensors["generator"])
-        self.state = _Progress(**metadata["state"])
+def _rank_on_first(
+    model: Recommender,
+    data: InteractionData,
+    ranked: Tensor,
+    shard: Shard,
+    *,
+    ks: Sequence[int],
+    metrics: Sequence[str],
+    score: Score,
+) -> dict[str, float]:
+    """Return the metrics on the pairs that select; the first process computes them for all."""
+    if shard.world == 1:
+        return _ranking(model, data.train, ranked, ks=ks, metrics=metrics, score=score)
+    names = [f"{name}@{k}" for k in ks for name in metrics]
+    values = next(model.parameters()).new_zeros(len(names), dtype=torch.float64)
+    if shard.rank == 0:
+        found = _ranking(model, data.train, ranked, ks=ks, metrics=metrics, score=score)
+        values.copy_(torch.tensor([found[name] for name in names], dtype=torch.float64))
+    broadcast_from_first([values], shard)
+    return dict(zip(names, values.tolist(), strict=True))
 
 
 def evaluate(
@@ -517,18 +424,6 @@ def _digest(data: InteractionData) -> str:
     for pairs in (data.train, data.valid):
         digest.update(b"none" if pairs is None else pairs.cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
-
-
-def _check_settings(path: str | os.PathLike[str], saved: dict[str, Any], current: dict[str, Any]) -> None:
-    def flat(settings: dict[str, Any]) -> dict[str, Any]:
-        nested = {f"{key}.{k}": v for key in ("loss", "model") for k, v in settings[key].items()}
-        return nested | {k: v for k, v in settings.items() if k not in ("loss", "model")}
-
-    old, new = flat(saved), flat(current)
-    differing = [name for name in sorted(old | new) if old.get(name) != new.get(name)]
-    if differing:
-        told = ", ".join(f"{name} (was {old.get(name)!r}, is {new.get(name)!r})" for name in differing)
-        raise ValueError(f"checkpoint {path} was written with other settings: {told}; resume=False starts over")
 
 
 def _check_model(model: Recommender, data: InteractionData) -> None:
