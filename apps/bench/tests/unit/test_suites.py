@@ -15,7 +15,12 @@ METHODS = {"BPR", "BCE", "Softmax (SL)", "SSM uniform", "SSM in-batch", "SSM in-
 
 
 def settings_of():
-    found = {json.dumps(settings, sort_keys=True): settings for case in ALL for settings in case.methods.values()}
+    found = {
+        json.dumps(settings, sort_keys=True): settings
+        for case in ALL
+        if case.run == "ballast_bench.suites.recsys_losses:train"
+        for settings in case.methods.values()
+    }
     return list(found.values())
 
 

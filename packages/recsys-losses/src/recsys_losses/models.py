@@ -17,13 +17,13 @@ arXiv:2002.02126, eq. (3), (4) and (8).
 from __future__ import annotations
 
 import math
-import warnings
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
 
+from recsys_losses._bipartite import Propagate as _Propagate
+from recsys_losses._bipartite import SparseRows, SymmetricProduct, normalized_rows, sorted_pairs
 from recsys_losses._checks import check_choice
 from recsys_losses._interactions import check_edges
 
@@ -33,15 +33,22 @@ if TYPE_CHECKING:
 __all__ = ["MODELS", "LightGCN", "MatrixFactorization", "Recommender", "normalized_adjacency"]
 
 Init = Literal["xavier", "normal", "xavier-joint"]
+Layout = Literal["csr", "coo"]
 
 MODELS = ("mf", "lightgcn")
 _INITS = ("xavier", "normal", "xavier-joint")
+_LAYOUTS = ("csr", "coo")
 
 
 def normalized_adjacency(
-    edge_index: Tensor, num_users: int, num_items: int, *, dtype: torch.dtype = torch.float32
+    edge_index: Tensor,
+    num_users: int,
+    num_items: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    layout: Layout = "csr",
 ) -> Tensor:
-    r"""Return the symmetrically normalised adjacency of the bipartite graph, without self loops, in sparse rows.
+    r"""Return the symmetrically normalised adjacency of the bipartite graph, without self loops.
 
     $$\hat A_{vw}=\frac{1}{\sqrt{\deg v\,\deg w}}\ \text{for an edge},\qquad 0\ \text{otherwise}$$
 
@@ -50,12 +57,13 @@ def normalized_adjacency(
         num_users: U; nodes 0..U-1 are the users.
         num_items: I; nodes U..U+I-1 are the items.
         dtype: Dtype of the weights.
+        layout: `"csr"` (sparse rows, the faster product) or `"coo"` (coalesced coordinates).
 
     Returns:
-        Sparse CSR tensor `(U + I, U + I)` on the device of `edge_index`. A node without an edge has an empty row.
+        Sparse tensor `(U + I, U + I)` on the device of `edge_index`. A node without an edge has an empty row.
 
     Raises:
-        ValueError: If `edge_index` isn't an int64 `(2, E)` tensor of known users and items.
+        ValueError: If `edge_index` isn't an int64 `(2, E)` tensor of known users and items, or `layout` is unknown.
 
     Reference: He et al., 2020, eq. (7).
 
@@ -66,28 +74,10 @@ def normalized_adjacency(
                 [0.7071, 0.0000, 0.0000],
                 [0.7071, 0.0000, 0.0000]])
     """
+    check_choice("layout", layout, _LAYOUTS)
     check_edges("edge_index", edge_index, num_users, num_items)
-    num_nodes = num_users + num_items
-    pairs = torch.unique(edge_index[0] * num_items + edge_index[1])
-    user, item = pairs // num_items, pairs % num_items + num_users
-    # Users' rows come first and are sorted already; the items' rows need the pairs sorted by item.
-    by_item = torch.argsort(item, stable=True)
-    row, column = torch.cat([user, item[by_item]]), torch.cat([item, user[by_item]])
-    degree = torch.bincount(row, minlength=num_nodes)
-    weight = degree.to(dtype).clamp_min(1).rsqrt()
-    pointer = torch.cat([degree.new_zeros(1), degree.cumsum(0)])
-    # 32-bit positions are what MKL takes; with 64 bits torch converts them in every product.
-    index = torch.int32 if row.numel() < 2**31 else torch.int64
-    return _sparse_rows(pointer.to(index), column.to(index), weight[row] * weight[column])
-
-
-def _sparse_rows(pointer: Tensor, column: Tensor, weight: Tensor) -> Tensor:
-    """Return the square CSR tensor of these parts, without copying them."""
-    size = (len(pointer) - 1, len(pointer) - 1)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*Sparse CSR tensor support is in beta.*")
-        # The invariants hold by construction; checking them would cost a pass over the graph in every step.
-        return torch.sparse_csr_tensor(pointer, column, weight, size, check_invariants=False)
+    rows = normalized_rows(sorted_pairs(edge_index, num_items), num_users, num_items, dtype).matrix()
+    return rows if layout == "csr" else rows.to_sparse(layout=torch.sparse_coo)
 
 
 class MatrixFactorization(nn.Module):
@@ -230,7 +220,7 @@ class LightGCN(nn.Module):
     @property
     def adjacency(self) -> Tensor:
         """The normalised graph, sparse CSR `(U + I, U + I)`; see `normalized_adjacency`."""
-        return _sparse_rows(self._pointer, self._column, self._weight)
+        return SparseRows(self._pointer, self._column, self._weight).matrix()
 
     def base_embeddings(self) -> tuple[Tensor, Tensor]:
         """Return the user table `(U, d)` and the item table `(I, d)` before propagation."""
@@ -248,7 +238,7 @@ class LightGCN(nn.Module):
         adjacency = self.adjacency
         hop = total = self.backbone.embedding.weight
         for _ in range(self.num_layers):
-            hop = _SymmetricProduct.apply(adjacency, hop)
+            hop = SymmetricProduct.apply(adjacency, hop)
             hop = hop * _keep_mask(tuple(hop.shape), self.message_dropout, hop, generator)
             total = total + hop
         return self._divide(total / (self.num_layers + 1))
@@ -292,41 +282,6 @@ class LightGCN(nn.Module):
 
 
 Recommender = MatrixFactorization | LightGCN
-
-
-class _Propagate(torch.autograd.Function):
-    """Mean over the hops, by Horner's scheme; as the adjacency is symmetric, the gradient is propagated alike."""
-
-    @staticmethod
-    def forward(ctx: Any, table: Tensor, adjacency: Tensor, num_layers: int) -> Tensor:
-        ctx.adjacency, ctx.num_layers = adjacency, num_layers
-        return _mean_of_hops(table, adjacency, num_layers)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        return _mean_of_hops(grad, ctx.adjacency, ctx.num_layers), None, None
-
-
-class _SymmetricProduct(torch.autograd.Function):
-    """Product with a symmetric sparse matrix."""
-
-    @staticmethod
-    def forward(ctx: Any, adjacency: Tensor, table: Tensor) -> Tensor:
-        ctx.adjacency = adjacency
-        return adjacency @ table
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-        return None, ctx.adjacency @ grad.contiguous()
-
-
-def _mean_of_hops(table: Tensor, adjacency: Tensor, num_layers: int) -> Tensor:
-    total = table = table.contiguous()
-    for _ in range(num_layers):
-        total = torch.addmm(table, adjacency, total)
-    return total / (num_layers + 1)
 
 
 def _initial_table(num_users: int, num_items: int, dim: int, init: str, generator: torch.Generator | None) -> Tensor:
