@@ -9,6 +9,7 @@ Integral Operators*, J. Res. Nat. Bur. Stand. 45(4), 1950. Documentation: `docs/
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -144,6 +145,8 @@ def lanczos_basis(system: System, start: list[Tensor], num_steps: int) -> tuple[
         w = [leaf.reshape(-1) for leaf in system.product(shaped)]
         alphas.append(dot(q, w))
         largest = max(largest, norm(w))
+        if not math.isfinite(alphas[-1]):
+            raise ValueError("the products of A are not finite")
         # Twice is enough (Parlett): the second pass removes what rounding left of the first.
         for _ in range(2):
             w = _orthogonal_to(basis, k + 1, w)

@@ -203,7 +203,7 @@ def test_an_operation_without_either_form_is_explained():
 
 
 def test_errors_of_the_loss_itself_are_left_alone():
-    with pytest.raises(RuntimeError, match="mat1 and mat2|size mismatch|inconsistent tensor size"):
+    with pytest.raises(RuntimeError, match=r"mat1 and mat2|size mismatch|inconsistent tensor size"):
         hvp(lambda x: (torch.ones(3, 3) @ x.view(2, 1)).sum(), torch.ones(2), torch.ones(2))
 
 

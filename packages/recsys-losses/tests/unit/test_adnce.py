@@ -46,10 +46,7 @@ def _reduced(rows, reduction):
 
 
 def _weighted(row, mu, sigma, temperature, frozen=None):
-    if mu is None:
-        weights = np.ones_like(row)
-    else:
-        weights = _weights(row if frozen is None else frozen, mu, sigma)
+    weights = np.ones_like(row) if mu is None else _weights(row if frozen is None else frozen, mu, sigma)
     return weights * np.exp(row / temperature)
 
 
@@ -145,8 +142,12 @@ def test_battery_embeddings(variant, bump):
 def test_battery_similarities(options, bump, masked):
     mask = torch.rand(5, 6, generator=torch.Generator().manual_seed(3)) < 0.7
     mask[:, 0] = True
+
+    def loss(pos, neg, mask, **params):
+        return adnce_from_similarity(pos, neg, mask=mask, **params)
+
     check_loss(
-        adnce_from_similarity,
+        loss,
         [_cosines(5), _cosines(5, 6, seed=1), mask if masked else None],
         {"temperature": 0.3, **bump, **options},
         similarity_reference,
@@ -456,7 +457,7 @@ def test_kl_dro_lies_between_mean_and_maximum(temperature, seed):
 
 def test_kl_dro_gradient_is_the_worst_case():
     neg = _cosines(3, 6).requires_grad_()
-    value, worst_case, kl = kl_dro(neg, 0.3)
+    value, worst_case, _kl = kl_dro(neg, 0.3)
     torch.testing.assert_close(torch.autograd.grad(value.sum(), neg, retain_graph=True)[0], worst_case.detach())
     assert torch.autograd.gradcheck(lambda x: kl_dro(x, 0.3), (neg,))
 

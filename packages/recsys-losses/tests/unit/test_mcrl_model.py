@@ -115,7 +115,7 @@ class TestBackbones:
         torch.nn.init.xavier_uniform_(head.weight, generator=torch.Generator().manual_seed(0))
         optimizer = torch.optim.Adam([*net.parameters(), *head.parameters()], lr=0.01)
         generator = torch.Generator().manual_seed(1)
-        for step in range(150):
+        for step in range(100):
             items, length = states(128, seed=step)
             last = items.gather(1, length[:, None] - 1)[:, 0]
             optimizer.zero_grad()
@@ -466,20 +466,20 @@ def test_bad_training():
 
 @pytest.mark.parametrize("name", BACKBONES)
 def test_short_training_beats_popularity(name):
-    """150 steps on 500 sessions: more next items among the first ten than by counting."""
-    simulator = SessionSimulator(num_items=100)
+    """120 steps on 500 sessions of users who follow their interest: far more hits than by counting."""
+    simulator = SessionSimulator(num_items=60, beta=8.0)
     train, test = (
-        ReplayBuffer.from_sessions(simulator.logs(n, seed), state_size=L, num_items=100)
+        ReplayBuffer.from_sessions(simulator.logs(n, seed), state_size=L, num_items=60)
         for n, seed in ((500, 1), (200, 2))
     )
-    net = MCRL(100, name, hidden=16, state_size=L, double="polyak")
-    MCRLTrainer(net, train, batch_size=64, lr=0.01).fit(1, steps_per_epoch=150)
-    counts = torch.bincount(train.transitions().action, minlength=100).float()
+    net = MCRL(60, name, hidden=16, state_size=L, double="polyak")
+    MCRLTrainer(net, train, batch_size=64, lr=0.01).fit(1, steps_per_epoch=120)
+    counts = torch.bincount(train.transitions().action, minlength=60).float()
     batch = test.transitions()
-    popular = next_item_metrics(counts.expand(len(test), -1), batch.action, batch.is_purchase, k=10)
-    found = evaluate_next_item(net, test, ks=(10,))
-    assert found["hr_click@10"] > popular["hr_click"] + 0.03
-    assert found["hr_purchase@10"] > popular["hr_purchase"] + 0.05
+    popular = next_item_metrics(counts.expand(len(test), -1), batch.action, batch.is_purchase, k=5)
+    found = evaluate_next_item(net, test, ks=(5,))
+    assert found["hr_click@5"] > popular["hr_click"] + 0.2  # 0.41 by counting
+    assert found["hr_purchase@5"] > popular["hr_purchase"] + 0.3  # 0.25
 
 
 # --- behaviour ----------------------------------------------------------------------------------------------------

@@ -399,15 +399,14 @@ def evaluate_svm(embeddings: Tensor, labels: Tensor, *, folds: int = 10, seed: i
 
 def _batches(graphs: Sequence[Any], order: list[int], batch_size: int) -> list[Any]:
     """Collate the graphs in this order; a last batch of one graph would have no negatives."""
-    from torch_geometric.data import Batch
+    from torch_geometric.data import Batch, Data
 
     starts = list(range(0, len(order), batch_size))
     if len(order) - starts[-1] == 1 and len(starts) > 1:
         starts.pop()
+    plain = [Data(x=graphs[i].x, edge_index=graphs[i].edge_index) for i in order]  # other attributes may differ
     ends = [*starts[1:], len(order)]
-    return [
-        Batch.from_data_list([graphs[i] for i in order[start:end]]) for start, end in zip(starts, ends, strict=True)
-    ]
+    return [Batch.from_data_list(plain[start:end]) for start, end in zip(starts, ends, strict=True)]
 
 
 def _with_self_loops(batch: Any) -> Any:

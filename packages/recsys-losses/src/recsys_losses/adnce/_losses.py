@@ -525,7 +525,8 @@ class ADNCELoss(nn.Module):
 def _bump_(similarity: Tensor, mu: float, sigma: float, count: int | Tensor) -> tuple[Tensor, Tensor]:
     """Overwrite similarities (..., N) by log-weights whose largest is 0; return them and the log of their mean (...,)."""
     sharpness = min(1.0 / sigma, _SHARPEST)
-    distance = similarity.sub_(mu).square_()
+    distance = similarity.sub_(mu)
+    distance = distance.mul_(distance)
     nearest = distance.amin(-1, keepdim=True)
     nearest = torch.where(nearest.isinf(), 0.0, nearest)  # a row without a valid negative
     weights = distance.sub_(nearest).mul_(-0.5 * sharpness**2)
@@ -597,7 +598,8 @@ def _scaled_temperature(scaled: Tensor, eta: float, tol: float) -> Tensor:
         bracketed = low.isfinite() & high.isfinite()
         outside = log_tau + torch.where(excess > 0, _LONGEST_STEP, -_LONGEST_STEP)
         middle = torch.where(bracketed, (low + high) / 2, outside)
-        following = torch.where((newton >= low) & (newton <= high), newton, middle)
+        accepted = ((newton > low) & (newton < high)) | ((newton - log_tau).abs() <= tol)
+        following = torch.where(accepted, newton, middle)
         moved = (following - log_tau).abs()
         log_tau = following
         if bool((moved <= tol).all()):

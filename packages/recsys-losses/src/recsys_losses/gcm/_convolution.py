@@ -164,7 +164,7 @@ def gcm_convolve(
         if table.ndim != 2 or table.shape[1] != user0.shape[-1]:
             raise ValueError(f"{name} must be (n, d) with the d of user0, got {tuple(table.shape)}")
     dtype = result_dtype(user0=user0, item0=item0, context=context)
-    check_edges(train_users, train_items, train_contexts, len(user0), len(item0), len(context))
+    check_edges((train_users, train_items, train_contexts), (len(user0), len(item0), len(context)))
     merge_weights = check_merge_weights(merge_weights, merge, num_layers, user0.shape[1])
     user0, item0, context = (upcast(table.to(dtype)) for table in (user0, item0, context))
     graph = ContextGraph(train_users, train_items, train_contexts, len(user0), len(item0), norm=norm, dtype=user0.dtype)

@@ -134,10 +134,9 @@ class ContextDataset:
                 continue
             if events.ndim != 2 or events.shape[0] != 3:
                 raise ValueError(f"{name} must be (3, n), rows user, item and context, got {tuple(events.shape)}")
-            try:
-                check_edges(events[0], events[1], events[2], *sizes)
-            except ValueError as error:
-                raise ValueError(str(error).replace("train_", f"{name} ")) from None
+            check_edges(
+                (events[0], events[1], events[2]), sizes, (f"{name} users", f"{name} items", f"{name} contexts")
+            )
 
     def __repr__(self) -> str:
         valid = "none" if self.valid is None else f"{self.valid.shape[1]}"
@@ -343,9 +342,7 @@ class ContextDataset:
         events = self.test if split == "test" else self.valid
         if events is None or events.shape[1] == 0:
             raise ValueError(f"split={split!r}: the data has no such interactions")
-        for k in ks:
-            if not 1 <= k <= self.num_graph_items:
-                raise ValueError(f"k must be in 1..{self.num_graph_items} (the number of graph items), got {k!r}")
+        self.check_cutoffs(ks)
         known = [self.train] if split == "valid" or self.valid is None else [self.train, self.valid]
         seen = SeenItems(torch.cat(known, 1), self.num_users)
         ranks = torch.cat(
@@ -361,6 +358,12 @@ class ContextDataset:
             values[f"ndcg@{k}"] = float((hit / torch.log2(ranks + 1)).mean())
             values[f"mrr@{k}"] = float((hit / ranks).mean())
         return values
+
+    def check_cutoffs(self, ks: Sequence[int]) -> None:
+        """Raise ValueError unless every cut-off is in 1..I."""
+        for k in ks:
+            if not 1 <= k <= self.num_graph_items:
+                raise ValueError(f"k must be in 1..{self.num_graph_items} (the number of graph items), got {k!r}")
 
     def _ranks(self, score: Scorer, events: Tensor, seen: SeenItems, *, mask_target: bool) -> Tensor:
         """Return the rank of the held-out items, from 1; one beyond the last where they can't be hit."""

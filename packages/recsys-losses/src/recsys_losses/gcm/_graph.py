@@ -43,16 +43,17 @@ def check_indices(name: str, index: Tensor, size: int) -> None:
         raise ValueError(f"{name} holds {low if low < 0 else high}, which is out of range [0, {size})")
 
 
-def check_edges(users: Tensor, items: Tensor, contexts: Tensor, num_users: int, num_items: int, size: int) -> None:
-    """Raise ValueError unless the three are vectors of one length with indices in range."""
-    if not users.ndim == items.ndim == contexts.ndim == 1 or not len(users) == len(items) == len(contexts):
-        shapes = ", ".join(str(tuple(x.shape)) for x in (users, items, contexts))
-        raise ValueError(
-            f"train_users, train_items and train_contexts must be vectors of the same length, got {shapes}"
-        )
-    check_indices("train_users", users, num_users)
-    check_indices("train_items", items, num_items)
-    check_indices("train_contexts", contexts, size)
+def check_edges(
+    events: tuple[Tensor, Tensor, Tensor],
+    sizes: tuple[int, int, int],
+    names: tuple[str, str, str] = ("train_users", "train_items", "train_contexts"),
+) -> None:
+    """Raise ValueError unless users, items and contexts are vectors of one length with indices below `sizes`."""
+    if any(index.ndim != 1 for index in events) or len({len(index) for index in events}) != 1:
+        shapes = ", ".join(str(tuple(index.shape)) for index in events)
+        raise ValueError(f"{names[0]}, {names[1]} and {names[2]} must be vectors of the same length, got {shapes}")
+    for name, index, size in zip(names, events, sizes, strict=True):
+        check_indices(name, index, size)
 
 
 class SparseMap(nn.Module):

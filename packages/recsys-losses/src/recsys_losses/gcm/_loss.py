@@ -283,8 +283,9 @@ def gcm_loss(
         raise ValueError(f"decoder_weights are needed for decoder='mlp' and for no other, decoder is {decoder!r}")
     if decoder_weights is not None:
         check_decoder_weights(decoder_weights, user_embedding.shape[1], context_features.shape[1])
-    check_edges(train_users, train_items, train_contexts, len(user_embedding), graph_items, len(context_features))
-    check_batch(users, items, contexts, labels, (len(user_embedding), graph_items, len(context_features)))
+    sizes = (len(user_embedding), graph_items, len(context_features))
+    check_edges((train_users, train_items, train_contexts), sizes)
+    check_batch(users, items, contexts, labels, sizes)
     tables, dtype = _in_one_dtype(tables)
     structure = make_structure(
         user_features,

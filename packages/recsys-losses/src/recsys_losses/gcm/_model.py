@@ -213,7 +213,7 @@ class GCM(nn.Module):
         """Propagate through the graph of other interactions from now on; arguments as in the constructor."""
         device = self.user_embedding.device
         users, items, contexts = train_users.to(device), train_items.to(device), train_contexts.to(device)
-        check_edges(users, items, contexts, self.num_users, self.num_graph_items, len(self.context_features))
+        check_edges((users, items, contexts), (self.num_users, self.num_graph_items, len(self.context_features)))
         structure = make_structure(
             self.user_features,
             self.item_features,

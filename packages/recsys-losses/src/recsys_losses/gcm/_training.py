@@ -279,6 +279,7 @@ def _check_arguments(
         raise ValueError("data.train is empty: there is nothing to train on")
     if select_on == "none":
         return
+    data.check_cutoffs(ks)
     for part in monitor.split("+"):
         metric, _, cutoff = part.partition("@")
         check_choice("monitor", metric, METRICS)

@@ -172,14 +172,14 @@ class _Fields:
         """Return a column as numbers, -1 where it is empty."""
         texts = self.texts(column)
         texts = np.where(texts == b"", b"-1", texts)
-        legal = _NUMBER[texts.view(np.uint8).reshape(len(texts), -1)].all(1)
-        self.refuse(~legal, f"{what} is not a number")
+        letters = texts.view(np.uint8).reshape(len(texts), -1)
+        self.refuse(np.any(~_NUMBER[letters], axis=1), f"{what} is not a number")
         try:
             values = texts.astype(np.float64)
         except ValueError:
             self.refuse(np.array([not _is_number(text) for text in texts]), f"{what} is not a number")
             raise
-        self.refuse(np.asarray(~np.isfinite(values)), f"{what} is not finite")
+        self.refuse(~np.isfinite(values), f"{what} is not finite")
         return values
 
     def refuse(self, bad: NDArray[np.bool_], problem: str) -> None:

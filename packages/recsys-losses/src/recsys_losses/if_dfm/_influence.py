@@ -7,13 +7,14 @@ import time
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ihvp import ConvergenceWarning, DataHVP, extreme_eigenvalues, module_loss, solvers
+from ihvp import ConvergenceWarning, DataHVP, extreme_eigenvalues, make_hvp, module_loss, solvers
 from ihvp.hvp import hvp as exact_product
 from recsys_losses._checks import check_choice, check_positive
 from recsys_losses.if_dfm._losses import check_binary
@@ -61,9 +62,8 @@ class Update:
 
     Args:
         delta: Change of the parameters, `(p,)`, in the order of `model.parameters()`.
-        info: `n`, `flipped` and `added` (clicks), `rhs_norm`, `delta_norm`, `gradient_norm` (of the training objective at
-            the present parameters, relative to that of the right-hand side: large if training stopped early), `residual`,
-            `undamped_residual`, `iterations`, `products`, `converged`, `negative_curvature`, `damping`, `seconds`.
+        info: `n`, `flipped` and `added` (rows), `rhs_norm`, `delta_norm`, `residual`, `undamped_residual`, `iterations`,
+            `products`, `converged`, `negative_curvature` (see `Solve`), `damping`, `seconds`.
     """
 
     delta: Tensor
@@ -156,7 +156,7 @@ def hessian_vector_product(
     if v.shape != (size := sum(p.numel() for p in parameters.values()),):
         raise ValueError(f"v must have the shape ({size},) of the flat parameters, got {tuple(v.shape)}")
     if kind == "ggn":
-        return _ggn(model, batch, v, parameters, loss)
+        return _GaussNewton(model, batch, loss)(v)
     loss_fn, values = module_loss(model, _mean_loss(loss), *batch)
     return _flat(exact_product(loss_fn, values, _named(v, values)))
 
@@ -210,10 +210,17 @@ def solve_influence(
         options |= {"rtol": tol, "max_iter": max_iter}
     elif method == "adam":
         options |= {"method": "sgd", "optimizer": "adam", "rtol": tol, "num_iter": max_iter, "lr": lr, "x0": init}
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with warnings.catch_warnings():
+        if strict:
+            warnings.simplefilter("ignore", ConvergenceWarning)
         result = solvers.solve(operator, b, **{"method": method, **options})
-    solve = Solve(
+    if strict and (result.negative_curvature or not result.converged):
+        what = "met negative curvature" if result.negative_curvature else "did not converge"
+        raise ValueError(
+            f"{method} {what}: relative residual {result.relative_residual:.2e} after {result.num_iter} steps; "
+            "raise damping or max_iter"
+        )
+    return Solve(
         x=result.x,
         residual=result.relative_residual,
         iterations=result.num_iter,
@@ -222,11 +229,6 @@ def solve_influence(
         products=result.num_hvp,
         negative_curvature=result.negative_curvature,
     )
-    for warning in caught:
-        if strict and issubclass(warning.category, ConvergenceWarning):
-            raise ValueError(str(warning.message))
-        warnings.warn(warning.message, warning.category, stacklevel=2)
-    return solve
 
 
 class InfluenceUpdater:
@@ -243,22 +245,26 @@ class InfluenceUpdater:
         train_loader: The training rows with the labels of training, as batches (inputs, then labels) that can be
             iterated again and again, such as `Clicks.loader()` or a DataLoader.
         loss: `"bce"` or `"squared"`; the mean over rows is what training minimised.
-        damping: $\lambda\ge0$. A neural network needs more than the size of its most negative curvature (`spectrum`);
-            choose it on validation clicks.
+        damping: $\lambda\ge0$. A neural network needs more than the size of its most negative curvature (`diagnose`);
+            choose it on validation clicks (`choose_damping`).
         method: `"cg"`, `"direct"` or `"adam"`, see `solve_influence`.
         hessian: `"hessian"`, or `"ggn"`, which has no negative curvature.
         l2: Weight of $\tfrac{l_2}2\lVert\theta\rVert^2$ in training (Adam's `weight_decay`), >= 0.
+        curvature_loader: A random part of the training rows to estimate H with, the same in every pass; None takes them
+            all. The time of an update then doesn't grow with the training set.
+        cache: Keep the graphs of the curvature rows between products: nearly twice as fast, for the memory of some three
+            forward passes over them.
         curvature_scale: $c>0$; 0.5 is what the authors' loop converges to.
         include_added_in_hessian: Add the curvature of the added rows; closer to retraining where they are many.
         correct_stationarity: Subtract the gradient of the objective from b, for a model that training left away from its
-            minimum: the update then takes the rest of the way as well.
+            minimum: the update then takes the rest of the way as well. Costs a pass over the training rows.
         tol: Relative residual at which the solver stops.
         max_iter: Its largest number of steps.
         lr: Learning rate of `"adam"`.
         strict: Raise instead of warning when the solver did not converge.
 
     Raises:
-        ValueError: If an option is out of range or unknown.
+        ValueError: If an option is out of range or unknown, or no parameter requires a gradient.
 
     Source: Ding et al., *Delayed Feedback Modeling with Influence Functions*, AAAI 2026, arXiv:2502.01669.
 
@@ -284,6 +290,8 @@ class InfluenceUpdater:
         hessian: Curvature = "hessian",
         *,
         l2: float = 0.0,
+        curvature_loader: Iterable[Sequence[Tensor]] | None = None,
+        cache: bool = False,
         curvature_scale: float = 1.0,
         include_added_in_hessian: bool = False,
         correct_stationarity: bool = False,
@@ -299,6 +307,7 @@ class InfluenceUpdater:
         for name, value in (("damping", damping), ("l2", l2)):
             if not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+        _parameters(model)
         self.model = model
         self.train_loader = train_loader
         self.loss: Loss = loss
@@ -306,10 +315,17 @@ class InfluenceUpdater:
         self.method: Method = method
         self.hessian: Curvature = hessian
         self.l2 = l2
+        self.curvature_loader = train_loader if curvature_loader is None else curvature_loader
+        self.cache = cache
         self.include_added_in_hessian = include_added_in_hessian
         self.correct_stationarity = correct_stationarity
-        self.solver: dict[str, Any] = {"tol": tol, "max_iter": max_iter, "lr": lr, "strict": strict}
-        self.curvature_scale = curvature_scale
+        self.solver: dict[str, Any] = {
+            "curvature_scale": curvature_scale,
+            "tol": tol,
+            "max_iter": max_iter,
+            "lr": lr,
+            "strict": strict,
+        }
         self.last: Update | None = None
         self._before: list[Tensor] | None = None
 
@@ -328,40 +344,23 @@ class InfluenceUpdater:
                 system is singular, or, with `strict`, the solver did not converge.
         """
         start = time.perf_counter()
-        new = [] if added is None else list(added)
-        old = list(flipped)
-        counts = {"flipped": _count(old), "added": _count(new)}
-        parameters = _parameters(self.model)
-        theta = _flat(parameters)
-        with _TouchedRows(self.model) as touched:
-            n, gradient = self._train_gradient(parameters)
-            b = influence_rhs(self.model, old, new, n, loss=self.loss)
-        used = touched.mask(parameters)
-        gradient = (gradient + self.l2 * theta) * used
-        facts = {
-            "n": n,
-            **counts,
-            "rhs_norm": float(b.norm()),
-            "gradient_norm": float(gradient.norm() / b.norm().clamp_min(torch.finfo(b.dtype).tiny)),
-            "damping": self.damping,
-        }
-        if self.correct_stationarity:
-            b = b - gradient
-        if not bool(b.any()):
-            solve = Solve(torch.zeros_like(b), 0.0, 0, True, 0.0, 0)
-        else:
+        old, new = list(flipped), [] if added is None else list(added)
+        n = self._rows()
+        b = influence_rhs(self.model, old, new, n, loss=self.loss)
+        facts: dict[str, float] = {"n": n, "flipped": _count(old), "added": _count(new), "rhs_norm": float(b.norm())}
+        if self.correct_stationarity and (old or new):
+            b = b - self._gradient()
+        solve = Solve(torch.zeros_like(b), 0.0, 0, True, 0.0, 0)
+        if bool(b.any()):
             operator = self._operator(new if self.include_added_in_hessian else [], n)
-            solve = solve_influence(
-                operator,
-                b,
-                damping=self.damping,
-                method=self.method,
-                curvature_scale=self.curvature_scale,
-                **self.solver,
-            )
-        delta = solve.x.to(theta.dtype) * used
+            solve = solve_influence(operator, b, damping=self.damping, method=self.method, **self.solver)
+        delta = solve.x.to(b.dtype)
         facts |= {name: float(value) for name, value in vars(solve).items() if name != "x"}
-        facts |= {"delta_norm": float(delta.norm()), "seconds": time.perf_counter() - start}
+        facts |= {
+            "damping": self.damping,
+            "delta_norm": float(delta.norm()),
+            "seconds": time.perf_counter() - start,
+        }
         self.last = Update(delta, facts)
         return self.last
 
@@ -401,35 +400,48 @@ class InfluenceUpdater:
         """Make the applied update permanent, so that the next one starts from the present parameters."""
         self._before = None
 
-    def spectrum(self, num_steps: int = 30) -> tuple[float, float]:
-        """Estimate the smallest and the largest eigenvalue of the undamped curvature, by Lanczos steps.
+    def diagnose(self, num_steps: int = 30) -> dict[str, float]:
+        """Say what to expect of an update at the present parameters.
 
-        A damping should exceed the size of a negative one.
+        Args:
+            num_steps: Lanczos steps, >= 1; each is a product with the curvature.
+
+        Returns:
+            `gradient_norm` of the training objective (far from 0: training stopped early, see `correct_stationarity`),
+            `smallest` and `largest` eigenvalue of the undamped curvature, estimated; the damping has to exceed the size
+            of a negative one.
         """
-        return extreme_eigenvalues(self._operator([], 1), _flat(_parameters(self.model)), num_steps=num_steps)
+        like = _flat(_parameters(self.model))
+        low, high = extreme_eigenvalues(self._operator([], 1), like, num_steps=num_steps)
+        return {"gradient_norm": float(self._gradient().norm()), "smallest": low, "largest": high}
 
-    def _train_gradient(self, parameters: dict[str, Tensor]) -> tuple[int, Tensor]:
-        """Number of training rows and the gradient of their mean loss."""
-        total = torch.zeros_like(_flat(parameters))
+    def _rows(self) -> int:
+        """Number of training rows; their labels are checked on the way."""
         n = 0
-        with _evaluating(self.model):
-            for *inputs, label in self.train_loader:
-                if n == 0:
-                    check_binary("labels", label)
-                total += _gradient(_summed(_logits(self.model, inputs, label), label, self.loss), parameters)
-                n += len(label)
+        for *_, label in self.train_loader:
+            check_binary("labels", label)
+            n += len(label)
         if n == 0:
             raise ValueError("train_loader yields no rows; an iterator can be used up: pass a loader or a list")
-        return n, total / n
+        return n
+
+    def _gradient(self) -> Tensor:
+        """Gradient of the training objective, 0 for embeddings that training doesn't use."""
+        parameters = _parameters(self.model)
+        total, n = torch.zeros_like(_flat(parameters)), 0
+        with _evaluating(self.model), _UsedRows(self.model) as used:
+            for *inputs, label in self.train_loader:
+                total += _gradient(_summed(_logits(self.model, inputs, label), label, self.loss), parameters)
+                n += len(label)
+        return total / n + self.l2 * _flat(parameters) * used.mask(parameters)
 
     def _operator(self, added: list[Sequence[Tensor]], n: int) -> Callable[[Tensor], Tensor]:
-        full = _Curvature(self.model, self.train_loader, self.hessian, self.loss, self.l2)
+        full = _Curvature(self.model, self.curvature_loader, self.hessian, self.loss, self.l2, cache=self.cache)
         operator: Callable[[Tensor], Tensor] = _OneBatch(full) if self.method == "adam" else full
         if not added:
             return operator
-        share = _count(added) / n
-        more = _Curvature(self.model, added, self.hessian, self.loss, 0.0)
-        return _Sum(operator, more, share)
+        more = _Curvature(self.model, added, self.hessian, self.loss, 0.0, cache=self.cache)
+        return _Sum(operator, more, _count(added) / n)
 
 
 def choose_damping(
@@ -482,24 +494,82 @@ class _Curvature:
     """Curvature of the mean loss over a loader, on flat vectors; every product is one pass."""
 
     def __init__(
-        self, model: nn.Module, loader: Iterable[Sequence[Tensor]], kind: Curvature, loss: Loss, l2: float
+        self,
+        model: nn.Module,
+        loader: Iterable[Sequence[Tensor]],
+        kind: Curvature,
+        loss: Loss,
+        l2: float,
+        *,
+        cache: bool = False,
     ) -> None:
-        self.model, self.loader, self.kind, self.loss, self.l2 = model, loader, kind, loss, l2
-        self.parameters = _parameters(model)
+        self.model, self.loader, self.kind, self.loss, self.l2, self.cache = model, loader, kind, loss, l2, cache
+        self.parts: list[tuple[int, Callable[[Tensor], Tensor]]] = []
         self.full = DataHVP(model, _mean_loss(loss), loader, l2=l2, size=lambda batch: len(batch[-1]))
 
     def __call__(self, v: Tensor) -> Tensor:
-        if self.kind == "hessian":
+        if self.kind == "hessian" and not self.cache:
             return _flat(self.full(_named(v, self.full.params)))
         total, rows = torch.zeros_like(v), 0
-        for batch in self.loader:
-            total += len(batch[-1]) * _ggn(self.model, batch, v, self.parameters, self.loss)
-            rows += len(batch[-1])
+        for count, product in self.products():
+            total += count * product(v)
+            rows += count
         return total / rows + self.l2 * v
 
+    def products(self) -> Iterable[tuple[int, Callable[[Tensor], Tensor]]]:
+        """Rows and product of every batch."""
+        if not self.cache:
+            return ((len(batch[-1]), partial(self.of_batch, batch)) for batch in self.loader)
+        if not self.parts:
+            self.parts = [(len(batch[-1]), self.kept(batch)) for batch in self.loader]
+        return self.parts
+
+    def kept(self, batch: Sequence[Tensor]) -> Callable[[Tensor], Tensor]:
+        """The product of one batch with a graph that stays."""
+        if self.kind == "ggn":
+            return _GaussNewton(self.model, batch, self.loss)
+        loss_fn, values = module_loss(self.model, _mean_loss(self.loss), *batch)
+        product = make_hvp(loss_fn, values)
+        return lambda v: _flat(product(_named(v, values)))
+
     def of_batch(self, batch: Sequence[Tensor], v: Tensor) -> Tensor:
-        """The product with the curvature of one batch."""
-        return hessian_vector_product(self.model, batch, v, kind=self.kind, loss=self.loss) + self.l2 * v
+        """The product of one batch, nothing kept."""
+        return hessian_vector_product(self.model, batch, v, kind=self.kind, loss=self.loss)
+
+
+class _GaussNewton:
+    """Gauss-Newton product of a batch: forward along v, the loss's second derivative, and back.
+
+    The forward part is the derivative of the backward one by its cotangent, so that one graph serves both.
+    """
+
+    def __init__(self, model: nn.Module, batch: Sequence[Tensor], loss: Loss) -> None:
+        *inputs, label = batch
+        self.values = {name: p.detach().requires_grad_() for name, p in _parameters(model).items()}
+        with torch.enable_grad(), _evaluating(model):
+            self.f = _shaped(torch.func.functional_call(model, self.values, tuple(inputs)), label)
+            self.cotangent = torch.zeros_like(self.f, requires_grad=True)
+            back = self._backward(self.cotangent, create_graph=True)
+        self.back = [(number, g) for number, g in enumerate(back) if g.requires_grad]  # the rest isn't used
+        f = self.f.detach()
+        self.weight = (torch.ones_like(f) if loss == "squared" else f.sigmoid() * (-f).sigmoid()) / len(label)
+
+    def __call__(self, v: Tensor) -> Tensor:
+        parts = _split(v, self.values)
+        (along,) = torch.autograd.grad(
+            [g for _, g in self.back], self.cotangent, [parts[number] for number, _ in self.back], retain_graph=True
+        )
+        return torch.cat([g.reshape(-1) for g in self._backward(self.weight * along, create_graph=False)])
+
+    def _backward(self, cotangent: Tensor, *, create_graph: bool) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(
+            self.f,
+            list(self.values.values()),
+            cotangent,
+            create_graph=create_graph,
+            retain_graph=True,
+            materialize_grads=True,
+        )
 
 
 class _OneBatch:
@@ -516,7 +586,7 @@ class _OneBatch:
         if batch is None:
             self.batches = iter(self.exact.loader)
             batch = next(self.batches)
-        return self.exact.of_batch(batch, v)
+        return self.exact.of_batch(batch, v) + self.exact.l2 * v
 
 
 class _Scaled:
@@ -545,7 +615,7 @@ class _Sum:
         return self.first(v) + self.share * self.second(v)
 
 
-class _TouchedRows:
+class _UsedRows:
     """Notes which rows of the model's embedding tables are looked up."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -571,7 +641,7 @@ class _TouchedRows:
         return note
 
     def mask(self, parameters: dict[str, Tensor]) -> Tensor:
-        """1 for every flat parameter that may move."""
+        """1 for every flat parameter but those of the rows that weren't."""
         parts = []
         for name, p in parameters.items():
             part = torch.ones_like(p)
@@ -579,22 +649,6 @@ class _TouchedRows:
                 part *= self.rows[name].to(p.device).unsqueeze(1)
             parts.append(part.reshape(-1))
         return torch.cat(parts)
-
-
-def _ggn(model: nn.Module, batch: Sequence[Tensor], v: Tensor, parameters: dict[str, Tensor], loss: Loss) -> Tensor:
-    """Gauss-Newton product of a batch: forward along v, the loss's second derivative, and back."""
-    *inputs, label = batch
-    values = {name: p.detach() for name, p in parameters.items()}
-
-    def logits(changed: dict[str, Tensor]) -> Tensor:
-        return _shaped(torch.func.functional_call(model, changed, tuple(inputs)), label)
-
-    with _evaluating(model):
-        f, along = torch.func.jvp(logits, (values,), (_named(v, values),))  # type: ignore[misc]
-        curvature = torch.ones_like(f) if loss == "squared" else f.sigmoid() * (-f).sigmoid()
-        _, back = torch.func.vjp(logits, values)  # type: ignore[misc]
-        (product,) = back((curvature * along / len(label)).detach())
-    return _flat(product).detach()
 
 
 @contextmanager

@@ -96,12 +96,7 @@ def medication_loss(
         (tensor(0.6931), tensor(1.), tensor(0.))
     """
     check_reduction(reduction)
-    if not 0 <= margin_weight <= 1:
-        raise ValueError(f"margin_weight must be in [0, 1], got {margin_weight!r}")
-    for name, weight in (("ddi_weight", ddi_weight), ("ddi_scale", ddi_scale)):
-        check_finite(name, weight)
-        if weight < 0:
-            raise ValueError(f"{name} must be at least 0, got {weight!r}")
+    check_weights(margin_weight, ddi_weight, ddi_scale)
     _check_pair("logits", logits, target)
     check_ddi(ddi_adj, logits.shape[1], values=validate)
     if validate:
@@ -298,6 +293,16 @@ def multi_hot(
         rows = torch.repeat_interleave(torch.arange(len(lists)), torch.tensor([len(codes) for codes in lists]))
         hot[rows, torch.tensor([offset + code for codes in lists for code in codes], dtype=torch.long)] = 1.0
     return hot
+
+
+def check_weights(margin_weight: float, ddi_weight: float, ddi_scale: float) -> None:
+    """Raise ValueError for a weight of the medication loss that is out of range."""
+    if not 0 <= margin_weight <= 1:
+        raise ValueError(f"margin_weight must be in [0, 1], got {margin_weight!r}")
+    for name, weight in (("ddi_weight", ddi_weight), ("ddi_scale", ddi_scale)):
+        check_finite(name, weight)
+        if weight < 0:
+            raise ValueError(f"{name} must be at least 0, got {weight!r}")
 
 
 def check_codes(

@@ -11,7 +11,14 @@ import torch
 
 from recsys_losses._checks import check_choice, check_positive
 from recsys_losses._epochs import EpochRun, EpochsResult
-from recsys_losses.raremed._losses import SMP_FORMS, medication_loss, multi_hot, reconstruction, smp_loss
+from recsys_losses.raremed._losses import (
+    SMP_FORMS,
+    check_weights,
+    medication_loss,
+    multi_hot,
+    reconstruction,
+    smp_loss,
+)
 from recsys_losses.raremed._metrics import jaccard_per_visit, multilabel_metrics, rarity_fairness, rate_of_sets
 from recsys_losses.raremed._model import RAREMed, Tokens
 from recsys_losses.raremed._pretext import make_smp_negatives, mask_codes
@@ -95,6 +102,7 @@ class RAREMedTrainer:
             raise ValueError(f"weight_decay must be a finite number of at least 0, got {weight_decay!r}")
         if not 0 < threshold < 1:
             raise ValueError(f"threshold must be between 0 and 1 (both excluded), got {threshold!r}")
+        check_weights(margin_weight, ddi_weight, ddi_scale)
         for name, part in (("train", train), ("valid", valid)):
             if not len(part):
                 raise ValueError(f"{name} holds no visits")

@@ -1,0 +1,173 @@
+"""GCM beside a direct port: one training step, and the ranking of all items for every test interaction.
+
+    python packages/recsys-losses/benchmarks/gcm_step.py
+
+Prints one JSON object. The port follows the published code: it builds the message of every interaction in every layer
+(`index_select`, `index_add`), and ranks by decoding all items for one user at a time. Both sides take the same steps from
+the same parameters; the largest differences of logits, gradients and scores are reported too. The data are generated; all
+figures depend on the number of interactions per node and on the number of distinct contexts.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from _measure import emit, in_worker, interleaved, machine, parser, peak_extra_bytes, ratio
+
+from recsys_losses.gcm import GCM, Samples, make_context_data
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+class Port:
+    """The published computation on the parameters of a model."""
+
+    def __init__(self, model: GCM) -> None:
+        self.model = model
+        graph = model.graph
+        self.users, self.items, self.contexts = graph.users, graph.items, graph.contexts
+        self.user_degree = torch.bincount(self.users, minlength=model.num_users).clamp_min(1).float()[:, None]
+        self.item_degree = torch.bincount(self.items, minlength=model.num_graph_items).clamp_min(1).float()[:, None]
+
+    def tables(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return users, items, the fields of all contexts (C, k, d), and their biases (C, k)."""
+        m = self.model
+        features, last = m.context_features[:, :-1], m.context_features[:, -1:]
+        fields = torch.cat([F.embedding(features, m.context_feature_embedding), F.embedding(last, m.item_embedding)], 1)
+        biases = torch.cat([F.embedding(features, m.context_feature_bias), F.embedding(last, m.item_bias)], 1)[..., 0]
+        user = self._encode(m.user_embedding, m.user_feature_embedding, m.user_features)
+        item = self._encode(m.item_embedding[: m.num_graph_items], m.item_feature_embedding, m.item_features)
+        message = fields.mean(1).index_select(0, self.contexts)
+        users, items = [user], [item]
+        for _ in range(m.num_layers):
+            to_user = items[-1].index_select(0, self.items) + message
+            to_item = users[-1].index_select(0, self.users) + message
+            users.append(torch.zeros_like(user).index_add(0, self.users, to_user) / self.user_degree.sqrt())
+            items.append(torch.zeros_like(item).index_add(0, self.items, to_item) / self.item_degree.sqrt())
+        return torch.stack(users).mean(0), torch.stack(items).mean(0), fields, biases
+
+    @staticmethod
+    def _encode(ids: Tensor, table: Tensor, features: Tensor) -> Tensor:
+        return torch.cat([ids[:, None], F.embedding(features, table)], 1).mean(1)
+
+    def decode(self, tables: tuple[Tensor, ...], users: Tensor, items: Tensor, contexts: Tensor) -> Tensor:
+        """Score a batch by the squares of sums and the sums of squares."""
+        user, item, fields, biases = tables
+        x = torch.cat([user[users][:, None], item[items][:, None], fields[contexts]], 1)
+        pairs = 0.5 * (x.sum(1).square() - x.square().sum(1)).sum(1)
+        m = self.model
+        return pairs + m.user_bias[users, 0] + m.item_bias[items, 0] + biases[contexts].sum(1) + m.global_bias[0, 0]
+
+    def loss(self, batch: Samples) -> tuple[Tensor, Tensor]:
+        """Return loss and logits."""
+        m = self.model
+        logits = self.decode(self.tables(), batch.users, batch.items, batch.contexts)
+        squares = m.user_embedding[batch.users].square().sum() + m.item_embedding[batch.items].square().sum()
+        for table in (m.user_feature_embedding, m.item_feature_embedding, m.context_feature_embedding):
+            squares = squares + table.square().sum()
+        bce = F.binary_cross_entropy_with_logits(logits, batch.labels, reduction="sum")
+        return bce + m.l2_weight * squares / 2, logits
+
+    @torch.no_grad()
+    def rank(self, users: Tensor, contexts: Tensor) -> Tensor:
+        """Score all items for one user after the other, propagating once."""
+        tables = self.tables()
+        items = torch.arange(self.model.num_graph_items)
+        rows = [self.decode(tables, u.expand_as(items), items, c.expand_as(items)) for u, c in zip(users, contexts)]
+        return torch.stack(rows)
+
+
+def sides(args: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """Return the steps, the rankings, and what describes them."""
+    data = make_context_data(args.users, args.items, args.interactions, seed=args.seed).data
+    batch = Samples(
+        *(column[: args.batch_size] for column in data.sample_epoch(4, torch.Generator().manual_seed(args.seed)))
+    )
+    models = {
+        side: GCM.from_dataset(data, embed_dim=args.dim, num_layers=args.layers, seed=args.seed)
+        for side in ("ours", "port")
+    }
+    port = Port(models["port"])
+    losses = {"ours": lambda: models["ours"].loss(*batch)[0], "port": lambda: port.loss(batch)[0]}
+    optimizers = {side: torch.optim.Adam(model.parameters(), lr=1e-3, fused=True) for side, model in models.items()}
+
+    def step(side: str) -> None:
+        optimizers[side].zero_grad()
+        losses[side]().backward()
+        optimizers[side].step()
+
+    users, _, contexts = data.test
+
+    def rank() -> Tensor:
+        models["ours"].refresh()
+        return models["ours"].score_all(users, contexts)
+
+    with torch.no_grad():
+        differences = {
+            "largest_difference_of_logits": float((models["ours"](*batch[:3]) - port.loss(batch)[1]).abs().max()),
+            "largest_difference_of_scores": float((rank() - port.rank(users, contexts)).abs().max()),
+        }
+    gradients = [torch.autograd.grad(losses[side](), list(models[side].parameters())) for side in losses]
+    differences["largest_difference_of_gradients"] = max(
+        float((a - b).abs().max() / b.abs().max()) for a, b in zip(*gradients, strict=True)
+    )
+    about = {
+        "users": data.num_users,
+        "graph_items": data.num_graph_items,
+        "interactions": data.train.shape[1],
+        "contexts": len(data.context_features),
+        "ranked_rows": len(users),
+    }
+    steps = {side: lambda side=side: step(side) for side in models}
+    rankings = {"ours": rank, "port": lambda: port.rank(users, contexts)}
+    return steps, rankings, {**about, **differences}
+
+
+def main() -> None:
+    """Run the comparison and print one JSON object."""
+    options = parser(__doc__.splitlines()[0])
+    options.add_argument("--users", type=int, default=3000)
+    options.add_argument("--items", type=int, default=1500)
+    options.add_argument("--interactions", type=int, default=100_000)
+    options.add_argument("--layers", type=int, default=2)
+    options.add_argument("--dim", type=int, default=64)
+    options.add_argument("--batch-size", type=int, default=2048)
+    args = options.parse_args()
+    torch.set_num_threads(args.threads)
+    steps, rankings, about = sides(args)
+    if args.memory_of:
+        print(json.dumps({"peak_extra_bytes": peak_extra_bytes(steps[args.memory_of])}))
+        return
+    step = interleaved(steps, repetitions=args.repetitions, warmup=args.warmup)
+    rank = interleaved(rankings, repetitions=max(1, args.repetitions // 2), warmup=args.warmup)
+    memory = {side: in_worker(side, sys.argv[1:]) for side in steps}
+    emit(
+        {
+            **machine(),
+            "layers": args.layers,
+            "dim": args.dim,
+            "batch_size": args.batch_size,
+            **about,
+            "training_step": {
+                "port_over_ours": step["port"]["median_s"] / step["ours"]["median_s"],
+                "memory_of_ours_over_port": ratio(memory["ours"], memory["port"]),
+                "sides": {side: {"median_s": step[side]["median_s"], "extra_bytes": memory[side]} for side in steps},
+                "runs": step,
+            },
+            "ranking": {
+                "port_over_ours": rank["port"]["median_s"] / rank["ours"]["median_s"],
+                "sides": {side: {"median_s": rank[side]["median_s"]} for side in rankings},
+                "runs": rank,
+            },
+        },
+        args.output,
+    )
+
+
+if __name__ == "__main__":
+    main()
