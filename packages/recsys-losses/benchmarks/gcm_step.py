@@ -10,6 +10,7 @@ figures depend on the number of interactions per node and on the number of disti
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ from _measure import emit, in_worker, interleaved, machine, parser, peak_extra_b
 from recsys_losses.gcm import GCM, Samples, make_context_data
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from torch import Tensor
 
 
@@ -78,54 +81,50 @@ class Port:
         """Score all items for one user after the other, propagating once."""
         tables = self.tables()
         items = torch.arange(self.model.num_graph_items)
-        rows = [self.decode(tables, u.expand_as(items), items, c.expand_as(items)) for u, c in zip(users, contexts)]
+        rows = [
+            self.decode(tables, u.expand_as(items), items, c.expand_as(items))
+            for u, c in zip(users, contexts, strict=True)
+        ]
         return torch.stack(rows)
 
 
-def sides(args: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Return the steps, the rankings, and what describes them."""
+def build(args: Any) -> tuple[Any, Samples, GCM]:
+    """Return the data, a batch, and a model that nothing has run on yet."""
     data = make_context_data(args.users, args.items, args.interactions, seed=args.seed).data
-    batch = Samples(
-        *(column[: args.batch_size] for column in data.sample_epoch(4, torch.Generator().manual_seed(args.seed)))
-    )
-    models = {
-        side: GCM.from_dataset(data, embed_dim=args.dim, num_layers=args.layers, seed=args.seed)
-        for side in ("ours", "port")
+    samples = data.sample_epoch(4, torch.Generator().manual_seed(args.seed))
+    batch = Samples(*(column[: args.batch_size].clone() for column in samples))
+    return data, batch, GCM.from_dataset(data, embed_dim=args.dim, num_layers=args.layers, seed=args.seed)
+
+
+def losses_of(model: GCM, side: str) -> Callable[[Samples], Tensor]:
+    """Return the function that a side minimises."""
+    return (lambda batch: model.loss(*batch).loss) if side == "ours" else (lambda batch: Port(model).loss(batch)[0])
+
+
+def step_of(model: GCM, side: str, batch: Samples) -> Callable[[], None]:
+    """Return a function that takes one training step."""
+    loss = losses_of(model, side)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=True)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss(batch).backward()
+        optimizer.step()
+
+    return step
+
+
+def differences(model: GCM, batch: Samples, users: Tensor, contexts: Tensor) -> dict[str, float]:
+    """Return by how much the two sides differ before training; gradients relative to the largest of a table."""
+    gradients = [
+        torch.autograd.grad(losses_of(model, side)(batch), list(model.parameters())) for side in ("ours", "port")
+    ]
+    pairs = zip(*gradients, strict=True)
+    scores = model.score_all(users[:20], contexts[:20]) - Port(model).rank(users[:20], contexts[:20])
+    return {
+        "largest_difference_of_gradients": max(float((a - b).abs().max() / b.abs().max()) for a, b in pairs),
+        "largest_difference_of_scores": float(scores.abs().max()),
     }
-    port = Port(models["port"])
-    losses = {"ours": lambda: models["ours"].loss(*batch)[0], "port": lambda: port.loss(batch)[0]}
-    optimizers = {side: torch.optim.Adam(model.parameters(), lr=1e-3, fused=True) for side, model in models.items()}
-
-    def step(side: str) -> None:
-        optimizers[side].zero_grad()
-        losses[side]().backward()
-        optimizers[side].step()
-
-    users, _, contexts = data.test
-
-    def rank() -> Tensor:
-        models["ours"].refresh()
-        return models["ours"].score_all(users, contexts)
-
-    with torch.no_grad():
-        differences = {
-            "largest_difference_of_logits": float((models["ours"](*batch[:3]) - port.loss(batch)[1]).abs().max()),
-            "largest_difference_of_scores": float((rank() - port.rank(users, contexts)).abs().max()),
-        }
-    gradients = [torch.autograd.grad(losses[side](), list(models[side].parameters())) for side in losses]
-    differences["largest_difference_of_gradients"] = max(
-        float((a - b).abs().max() / b.abs().max()) for a, b in zip(*gradients, strict=True)
-    )
-    about = {
-        "users": data.num_users,
-        "graph_items": data.num_graph_items,
-        "interactions": data.train.shape[1],
-        "contexts": len(data.context_features),
-        "ranked_rows": len(users),
-    }
-    steps = {side: lambda side=side: step(side) for side in models}
-    rankings = {"ours": rank, "port": lambda: port.rank(users, contexts)}
-    return steps, rankings, {**about, **differences}
 
 
 def main() -> None:
@@ -137,14 +136,25 @@ def main() -> None:
     options.add_argument("--layers", type=int, default=2)
     options.add_argument("--dim", type=int, default=64)
     options.add_argument("--batch-size", type=int, default=2048)
+    options.add_argument("--ranked", type=int, default=200, help="test interactions ranked (default: 200)")
     args = options.parse_args()
     torch.set_num_threads(args.threads)
-    steps, rankings, about = sides(args)
+    data, batch, model = build(args)
     if args.memory_of:
-        print(json.dumps({"peak_extra_bytes": peak_extra_bytes(steps[args.memory_of])}))
+        step_bytes = peak_extra_bytes(step_of(model, args.memory_of, batch))
+        print(json.dumps({"peak_extra_bytes": step_bytes}))
         return
+    users, contexts = data.test[0, : args.ranked], data.test[2, : args.ranked]
+    about = differences(model, batch, users, contexts)
+    steps = {side: step_of(copy.deepcopy(model), side, batch) for side in ("ours", "port")}
     step = interleaved(steps, repetitions=args.repetitions, warmup=args.warmup)
-    rank = interleaved(rankings, repetitions=max(1, args.repetitions // 2), warmup=args.warmup)
+
+    def rank() -> Tensor:
+        model.refresh()
+        return model.score_all(users, contexts)
+
+    rankings = {"ours": rank, "port": lambda: Port(model).rank(users, contexts)}
+    ranked = interleaved(rankings, repetitions=args.repetitions, warmup=args.warmup)
     memory = {side: in_worker(side, sys.argv[1:]) for side in steps}
     emit(
         {
@@ -152,6 +162,11 @@ def main() -> None:
             "layers": args.layers,
             "dim": args.dim,
             "batch_size": args.batch_size,
+            "users": data.num_users,
+            "graph_items": data.num_graph_items,
+            "interactions": data.train.shape[1],
+            "contexts": len(data.context_features),
+            "ranked_rows": len(users),
             **about,
             "training_step": {
                 "port_over_ours": step["port"]["median_s"] / step["ours"]["median_s"],
@@ -160,9 +175,9 @@ def main() -> None:
                 "runs": step,
             },
             "ranking": {
-                "port_over_ours": rank["port"]["median_s"] / rank["ours"]["median_s"],
-                "sides": {side: {"median_s": rank[side]["median_s"]} for side in rankings},
-                "runs": rank,
+                "port_over_ours": ranked["port"]["median_s"] / ranked["ours"]["median_s"],
+                "sides": {side: {"median_s": ranked[side]["median_s"]} for side in rankings},
+                "runs": ranked,
             },
         },
         args.output,

@@ -11,7 +11,6 @@ Prints one JSON object.
 
 from __future__ import annotations
 
-import random
 from typing import TYPE_CHECKING
 
 import torch
@@ -114,7 +113,8 @@ def main() -> None:
     args = options.parse_args()
     torch.set_num_threads(args.threads)
     data = EHRDataset.synthetic(seed=args.seed)
-    rows = random.Random(args.seed).sample(range(len(data)), args.batch_size * args.batches)
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(args.seed))
+    rows = order[: args.batch_size * args.batches].tolist()
     fresh = {name: network(args.network, data, args.seed) for name in ("ours", "port", "port_batch_1", "encoding")}
 
     batch = rows[: args.batch_size]

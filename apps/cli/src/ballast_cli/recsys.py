@@ -12,8 +12,19 @@ from cyclopts import App, Parameter
 
 from ballast_cli.datasets import DataOptions
 from ballast_cli.output import EpochProgress, print_result, write_json, write_text
+from ballast_cli.recsys_adnce import adnce_app
+from ballast_cli.recsys_dsl import dsl_app
+from ballast_cli.recsys_gcm import gcm_app
+from ballast_cli.recsys_if_dfm import if_dfm_app
+from ballast_cli.recsys_mcrl import mcrl_app
+from ballast_cli.recsys_raremed import raremed_app
+from ballast_cli.recsys_sgl import sgl_app
 
-recsys_app = App(name="recsys", help="Recommendation losses: train, evaluate, recommend.")
+recsys_app = App(
+    name="recsys", help="Recommendation: train with a loss, evaluate, recommend; methods with commands of their own."
+)
+for method_app in (adnce_app, dsl_app, gcm_app, if_dfm_app, mcrl_app, raremed_app, sgl_app):
+    recsys_app.command(method_app)
 
 ModelName = Literal["mf", "lightgcn"]
 Score = Literal["dot", "cosine"]

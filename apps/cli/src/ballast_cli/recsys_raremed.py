@@ -273,7 +273,7 @@ def finetune(
     from recsys_losses.raremed import save_raremed
 
     config = _finetune_config(pretrained, network, step, seed)
-    weights = {
+    weights: dict[str, Any] = {
         "margin_weight": margin_weight,
         "ddi_weight": ddi_weight,
         "ddi_scale": ddi_scale,
@@ -343,7 +343,7 @@ def evaluate(
     print_result(result, as_json=json)
 
 
-def _trainer(data: Path, config: dict[str, Any], device: str, weights: dict[str, float]) -> tuple[Any, Any]:
+def _trainer(data: Path, config: dict[str, Any], device: str, weights: dict[str, Any]) -> tuple[Any, Any]:
     """The trainer that a configuration describes, and the test visits."""
     from recsys_losses.raremed import EHRDataset, RAREMed, RAREMedTrainer
 

@@ -296,7 +296,7 @@ def test_interrupted_stages_continue_to_the_same_weights(parts, tmp_path):
 def test_a_checkpoint_of_other_stages_or_settings_is_refused(parts, tmp_path):
     file = tmp_path / "medication.safetensors"
     trainer(parts).finetune(1, checkpoint=file)
-    with pytest.raises(ValueError, match="other settings: ddi_weight|stage.ddi_weight"):
+    with pytest.raises(ValueError, match=r"other settings: stage\.ddi_weight"):
         trainer(parts, ddi_weight=1.0).finetune(2, checkpoint=file)
     other = trainer(parts)
     other.pretrain_sr(1)

@@ -1,6 +1,6 @@
 """The suites: what `--suite NAME` runs.
 
-One module per package; each has one function per suite that returns a tuple of cases. A suite may also be named by
+One module per package, or per method where the cases differ in kind; each has one function per suite that returns a tuple of cases. A suite may also be named by
 reference ("my_cases.py:quick" or "module:function"), which needs no entry here.
 """
 
@@ -26,7 +26,20 @@ SUITES = {
     "cpu": "real data, under an hour on 2 cores",
     "gpu": "full-size runs on a CUDA device",
 }
-MODULES = ("ballast_bench.suites.recsys_losses",)
+MODULES = tuple(
+    f"ballast_bench.suites.{name}"
+    for name in (
+        "recsys_losses",
+        "recsys_adnce",
+        "recsys_sgl",
+        "recsys_gcm",
+        "recsys_dsl",
+        "recsys_raremed",
+        "recsys_mcrl",
+        "recsys_if_dfm",
+        "ihvp",
+    )
+)
 
 
 def load_suite(name: str) -> tuple[Case, ...]:

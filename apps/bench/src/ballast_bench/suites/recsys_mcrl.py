@@ -5,13 +5,15 @@ Every method trains the same number of steps and keeps the steps that rank purch
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any
 
 from ballast_bench.case import Case, CellInput, CellOutput, Metric
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from recsys_losses._epochs import EpochsResult
+    from recsys_losses.mcrl import MCRLTrainer, ReplayBuffer
 
 __all__ = ["cpu", "quick", "train"]
 
@@ -26,6 +28,7 @@ _METRICS = (
     Metric("max_q", better="lower", label="mean max Q", digits=2, tested=False, tolerance=0.1),
     Metric("train_seconds", better="lower", label="train s", digits=1, tested=False, tolerance=0.25),
 )
+_MONITOR = "ndcg_purchase@10"
 _CROSS_ENTROPY = "conservative only (cross-entropy)"
 _WEIGHTS: dict[str, dict[str, float]] = {
     _CROSS_ENTROPY: {"td_weight": 0.0, "reward_weight": 0.0, "transition_weight": 0.0},
@@ -52,7 +55,7 @@ def quick() -> tuple[Case, ...]:
             {
                 name: {
                     "model": {**_WEIGHTS[name], "hidden": 32},
-                    "lr": 0.01,
+                    "lrs": [0.01],
                     "epochs": 4,
                     "steps": 75,
                     "batch_size": 128,
@@ -75,13 +78,14 @@ def cpu() -> tuple[Case, ...]:
         + "300 items, 2,500 sessions started, of which about 1,900 are long enough, GRU of width 64, steps of 256 with "
         "Adam, 900 at most; validation and test: 400 and 1,000 sessions. Every 100 steps the model ranks the validation "
         "sessions, and the steps with the best purchase NDCG@10 are kept, for each method and seed by itself. The "
-        "cross-entropy recommender is the baseline to beat: in this line of work part of a gain is that of any auxiliary "
-        "loss."
+        "cross-entropy recommender is the baseline to beat, since part of the gains in this line of work is that of any "
+        "auxiliary loss; it alone also has its learning rate chosen on the validation sessions (0.0025, 0.005, 0.01), the "
+        "others take 0.005. Train seconds are those of the chosen run."
     )
     settings = {
         name: {
             "model": weights,
-            "lr": 0.005,
+            "lrs": [0.0025, 0.005, 0.01] if name == _CROSS_ENTROPY else [0.005],
             "epochs": 9,
             "steps": 100,
             "batch_size": 256,
@@ -122,7 +126,7 @@ def train(cell: CellInput) -> CellOutput:
     """Train one variant, choose its steps on validation sessions, test it, and let it recommend."""
     import torch
 
-    from recsys_losses.mcrl import MCRL, MCRLTrainer, ReplayBuffer, SessionSimulator
+    from recsys_losses.mcrl import ReplayBuffer, SessionSimulator
 
     torch.set_num_threads(1)
     settings, seed = cell.settings, cell.seed
@@ -132,19 +136,9 @@ def train(cell: CellInput) -> CellOutput:
         part: ReplayBuffer.from_sessions(simulator.logs(n, 10 * seed + number), num_items=simulator.num_items)
         for number, (part, n) in enumerate(sizes.items(), start=1)
     }
-    model = MCRL(simulator.num_items, seed=seed, **settings["model"])
-    trainer = MCRLTrainer(
-        model, buffers["train"], buffers["valid"], batch_size=settings["batch_size"], lr=settings["lr"], seed=seed
-    )
-    start = time.perf_counter()
-    result = trainer.fit(
-        settings["epochs"],
-        steps_per_epoch=settings["steps"],
-        patience=None,
-        monitor="ndcg_purchase@10",
-        ks=(10,),
-    )
-    wall = time.perf_counter() - start
+    runs = [_fit(simulator.num_items, buffers["train"], buffers["valid"], settings, lr, seed) for lr in settings["lrs"]]
+    trainer, result = max(runs, key=lambda run: run[1].best[_MONITOR])
+    model = trainer.model
     tested = trainer.evaluate(buffers["test"], ks=(10,))
 
     def policy(histories: list[list[int]]) -> Tensor:
@@ -161,11 +155,25 @@ def train(cell: CellInput) -> CellOutput:
     history = tuple({**record, "epoch": record["epoch"] + 1} for record in result.history)
     info = {
         "device": "cpu",
+        "lr": trainer.lr,
         "best_steps": (result.best_epoch + 1) * settings["steps"],
         "train_transitions": len(buffers["train"]),
         "mean_q": tested["mean_q"],
         "logged_q": tested["logged_q"],
-        "seconds_with_validation": wall,
+        "seconds_of_all_runs": sum(run.seconds for _, run in runs),
         "data_sha256": buffers["train"].digest(),
     }
     return CellOutput(figures, history, info)
+
+
+def _fit(
+    num_items: int, train_set: ReplayBuffer, valid_set: ReplayBuffer, settings: dict[str, Any], lr: float, seed: int
+) -> tuple[MCRLTrainer, EpochsResult]:
+    """Train a fresh model with one learning rate; its best steps are kept."""
+    from recsys_losses.mcrl import MCRL, MCRLTrainer
+
+    model = MCRL(num_items, seed=seed, **settings["model"])
+    trainer = MCRLTrainer(model, train_set, valid_set, batch_size=settings["batch_size"], lr=lr, seed=seed)
+    steps = settings["steps"]
+    result = trainer.fit(settings["epochs"], steps_per_epoch=steps, patience=None, monitor=_MONITOR, ks=(10,))
+    return trainer, result

@@ -157,9 +157,7 @@ def _train(settings: dict[str, Any], parts: tuple[EHRDataset, ...], seed: int) -
     train, valid, test = parts
     sizes = (train.num_diagnoses, train.num_procedures, train.num_medications)
     model = RAREMed(*sizes, **settings["network"], seed=seed)
-    trainer = RAREMedTrainer(
-        model, train, valid, **settings["optimiser"], **settings.get("weights", {}), seed=seed
-    )
+    trainer = RAREMedTrainer(model, train, valid, **settings["optimiser"], **settings.get("weights", {}), seed=seed)
     records: list[dict[str, float]] = []
     if settings.get("smp_epochs"):
         records += trainer.pretrain_smp(settings["smp_epochs"]).history

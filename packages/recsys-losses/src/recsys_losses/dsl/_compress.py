@@ -176,12 +176,12 @@ class SparseEmbedding(nn.Module):
         row = ids.reshape(-1)
         start = self.row_pointer[row].long()
         count = self.row_pointer[row + 1] - start
-        out = self.value.new_zeros(row.numel(), self.width)
-        place = torch.repeat_interleave(torch.arange(row.numel(), device=row.device), count)
-        # The n-th element of a row lies n after its start.
-        within = torch.arange(place.numel(), device=row.device) - (count.cumsum(0) - count)[place]
-        source = start[place] + within
-        out[place, self.column[source].long()] = self.value[source]
+        out = self.value.new_zeros(row.numel() * self.width)
+        # The n-th element of a row lies n after its start, and all of them follow each other in `source`.
+        source = torch.repeat_interleave(start - (count.cumsum(0) - count), count)
+        source += torch.arange(source.numel(), device=row.device)
+        place = torch.repeat_interleave(torch.arange(row.numel(), device=row.device) * self.width, count)
+        out[place + self.column[source]] = self.value[source]
         return out.view(*ids.shape, self.width)
 
     def extra_repr(self) -> str:

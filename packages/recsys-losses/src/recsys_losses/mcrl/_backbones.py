@@ -20,7 +20,7 @@ BackboneName = Literal["gru4rec", "caser", "nextitnet", "sasrec"]
 
 
 class Backbone(nn.Module):
-    """What the four encoders share: the item table, the checks, and the last valid position."""
+    """What the four encoders share: the item table, the checks and dropout."""
 
     def __init__(self, num_items: int, hidden: int, state_size: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -51,12 +51,6 @@ class Backbone(nn.Module):
         return self._encode(items, length, generator)
 
     def _encode(self, items: Tensor, length: Tensor, generator: torch.Generator | None) -> Tensor:
-        states = self.states(items, generator=generator)
-        last = (length - 1).view(-1, 1, 1).expand(-1, 1, states.shape[2])
-        return states.gather(1, last).squeeze(1)
-
-    def states(self, items: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
-        """Return the state after every position, shape `(B, Ls, hidden)`; none depends on later positions."""
         raise NotImplementedError
 
     def _drop(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
@@ -70,7 +64,20 @@ class Backbone(nn.Module):
         return f"num_items={self.num_items}, hidden={self.hidden}, state_size={self.state_size}"
 
 
-class GRU4Rec(Backbone):
+class CausalBackbone(Backbone):
+    """An encoder with a state at every position, of which the one at the last valid position is the session's."""
+
+    def states(self, items: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
+        """Return the state after every position, shape `(B, Ls, hidden)`; none depends on later positions."""
+        raise NotImplementedError
+
+    def _encode(self, items: Tensor, length: Tensor, generator: torch.Generator | None) -> Tensor:
+        states = self.states(items, generator=generator)
+        last = (length.long() - 1).view(-1, 1, 1).expand(-1, 1, states.shape[2])
+        return states.gather(1, last).squeeze(1)
+
+
+class GRU4Rec(CausalBackbone):
     r"""Gated recurrent unit over the session; the state is the hidden vector after the last item.
 
     Args:
@@ -159,7 +166,7 @@ class Caser(Backbone):
         return out
 
 
-class NextItNet(Backbone):
+class NextItNet(CausalBackbone):
     r"""Residual blocks of dilated causal convolutions; the state is the vector at the last item.
 
     A block of dilation l has two convolutions of width 3, of dilation l and 2 l, each followed by layer normalisation and
@@ -224,7 +231,7 @@ class _DilatedBlock(nn.Module):
         return x + out
 
 
-class SASRec(Backbone):
+class SASRec(CausalBackbone):
     r"""Causal self-attention over the session; the state is the vector at the last item.
 
     Args:

@@ -45,7 +45,7 @@ def popular_medications(train: EHRDataset, data: EHRDataset, *, k: int = 14) -> 
     return np.tile(k / (k + rank + 0.5), (len(data), 1))
 
 
-def logistic_medications(train: EHRDataset, data: EHRDataset, *, C: float = 1.0, max_iter: int = 1000) -> Floats:  # noqa: N803
+def logistic_medications(train: EHRDataset, data: EHRDataset, *, C: float = 1.0, max_iter: int = 1000) -> Floats:
     """One logistic regression per medication on the multi-hot codes of a visit, by scikit-learn.
 
     Args:

@@ -48,7 +48,9 @@ def medication_loss(
     reduction: Reduction = "sum",
     validate: bool = True,
 ) -> MedicationLoss:
-    r"""Fine-tuning loss of RAREMed, per visit with $s=\sigma(x)$:
+    r"""Fine-tuning loss of RAREMed.
+
+    Per visit, with $s=\sigma(x)$:
 
     $$
     \mathcal{L}=(1-\alpha)\,\frac1M\sum_{j}\mathrm{BCE}(s_j,y_j)

@@ -99,9 +99,7 @@ def visit_rarity(
     return np.asarray(np.add.reduceat(weight[flat], starts) / np.array([codes.size for codes in visits]))
 
 
-def rarity_fairness(
-    score: Array, rarity: Array, *, num_groups: int = 5, round_groups: int | None = None
-) -> Fairness:
+def rarity_fairness(score: Array, rarity: Array, *, num_groups: int = 5, round_groups: int | None = None) -> Fairness:
     r"""How a score falls from common to rare visits.
 
     The n visits are sorted by rarity (ties in their order) and cut into g consecutive groups of $\lfloor n/g\rfloor+1$,
@@ -290,7 +288,7 @@ def _checked(target: Array, probability: Array, threshold: float) -> tuple[NDArr
 
 
 def _ratio(part: NDArray[Any], whole: NDArray[Any]) -> Floats:
-    """part / whole, 0 where the whole is empty."""
+    """Divide; 0 where the whole is empty."""
     return np.asarray(part / np.maximum(whole, 1), dtype=np.float64)
 
 
@@ -305,4 +303,5 @@ def _average_precision(y: NDArray[np.bool_], prob: NDArray[Any]) -> float:
     rows = np.flatnonzero(y.any(1))
     if not rows.size:
         return 0.0
-    return float(average_precision_score(y[rows], prob[rows], average="samples")) * rows.size / y.shape[0]
+    mean = float(average_precision_score(y[rows], prob[rows], average="samples"))
+    return mean * float(rows.size / y.shape[0])

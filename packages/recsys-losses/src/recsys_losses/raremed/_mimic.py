@@ -149,7 +149,11 @@ def read_mimic(
     Source: Zhao et al., 2024, sec. 6.1, and `data/process.py` of the authors' code.
     """
     check_choice("medication_key", medication_key, ("drug", "ndc"))
-    minima = {"min_admissions": min_admissions, "min_occurrences": min_occurrences, "num_side_effects": num_side_effects}
+    minima = {
+        "min_admissions": min_admissions,
+        "min_occurrences": min_occurrences,
+        "num_side_effects": num_side_effects,
+    }
     for name, value in {**minima, "max_medications": 1 if max_medications is None else max_medications}.items():
         if not value >= 1:
             raise ValueError(f"{name} must be at least 1, got {value!r}")
@@ -188,7 +192,7 @@ def _read_prescriptions(
     path: Path, mapping: Mapping[str, str] | None, key: str, drop_ndc_zero: bool, forward_fill: bool
 ) -> _Prescriptions:
     found = _Prescriptions()
-    before = ("", "", "", "")
+    before: tuple[str, ...] = ("", "", "", "")
     for where, row in _rows(path, _PRESCRIPTIONS.columns):
         if drop_ndc_zero and row[3] == "0":
             continue

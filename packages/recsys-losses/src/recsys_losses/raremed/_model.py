@@ -207,8 +207,7 @@ class RAREMed(nn.Module):
         """
         if not 0 < threshold < 1:
             raise ValueError(f"threshold must be between 0 and 1 (both excluded), got {threshold!r}")
-        # a Visit has its codes third and fourth
-        diagnoses, procedures = visit if len(visit) == 2 else (visit.diagnoses, visit.procedures)  # type: ignore[union-attr]
+        diagnoses, procedures = visit if len(visit) == 2 else (visit.diagnoses, visit.procedures)
         was_training = self.training
         self.eval()
         try:
@@ -219,7 +218,7 @@ class RAREMed(nn.Module):
         return chosen
 
 
-def _first_position(layer: nn.Module, x: Tensor, padding: Tensor | None) -> Tensor:
+def _first_position(layer: nn.TransformerEncoderLayer, x: Tensor, padding: Tensor | None) -> Tensor:
     """Output of a post-norm encoder layer at the first position alone: the others would be thrown away."""
     first: Tensor = x[:, :1]
     attended, _ = layer.self_attn(first, x, x, key_padding_mask=padding, need_weights=False)

@@ -5,12 +5,27 @@ from __future__ import annotations
 import builtins
 import copyreg
 import pickle
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-_BUILTINS = ("bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list", "object", "set", "str")
+if TYPE_CHECKING:
+    from pathlib import Path
+
+_BUILTINS = (
+    "bool",
+    "bytearray",
+    "bytes",
+    "complex",
+    "dict",
+    "float",
+    "frozenset",
+    "int",
+    "list",
+    "object",
+    "set",
+    "str",
+)
 _NUMPY = {
     "_core.multiarray": ("_reconstruct", "scalar"),
     "_core.numeric": ("_frombuffer",),

@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from recsys_losses.raremed._records import Visit
-
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from numpy.typing import NDArray
+
+    from recsys_losses.raremed._records import Visit
 
     Ints = NDArray[np.int64]
 
@@ -49,6 +49,7 @@ def make_smp_negatives(
 
     Examples:
         >>> import torch
+        >>> from recsys_losses.raremed import Visit
         >>> a, b = Visit("1", "x", (0, 1), (5,), ()), Visit("2", "y", (2,), (6,), ())
         >>> [mixed] = make_smp_negatives([a], [a, b], generator=torch.Generator().manual_seed(0))
         >>> (mixed.diagnoses, mixed.procedures) in [((0, 1), (6,)), ((2,), (5,))]
@@ -61,7 +62,9 @@ def make_smp_negatives(
     lists: dict[tuple[int, ...], int] = {}
     people: dict[str, int] = {}
     own, others = (
-        np.array([(lists.setdefault(v.procedures, len(lists)), people.setdefault(v.patient, len(people))) for v in part])
+        np.array(
+            [(lists.setdefault(v.procedures, len(lists)), people.setdefault(v.patient, len(people))) for v in part]
+        )
         for part in (visits, pool)
     )
     own = own.repeat(per_positive, axis=0)
@@ -76,7 +79,7 @@ def make_smp_negatives(
     for row, (number, procedures_too) in enumerate(zip(partner, swap, strict=True)):
         visit, other = visits[row // per_positive], pool[number]
         replaced = {"procedures": other.procedures} if procedures_too else {"diagnoses": other.diagnoses}
-        mixed.append(visit._replace(**replaced))  # type: ignore[arg-type]
+        mixed.append(visit._replace(**replaced))
     return mixed
 
 
@@ -133,4 +136,4 @@ def mask_codes(
     other = torch.randint(num_codes, flat.shape, generator=generator)
     hidden = torch.where(kind < 0.8, torch.full_like(flat, num_codes), torch.where(kind < 0.9, other, flat))
     result = torch.where(chance < mask_prob, hidden, flat)
-    return [part.tolist() for part in result.split([len(visit) for visit in codes])]
+    return [part.tolist() for part in torch.split(result, [len(visit) for visit in codes])]

@@ -238,7 +238,9 @@ class EHRDataset:
         vocabulary: str | os.PathLike[str] | None = None,
         ddi: str | os.PathLike[str] | None = None,
     ) -> EHRDataset:
-        r"""Read visits from JSON Lines, one object per line:
+        r"""Read visits from JSON Lines.
+
+        One object per line:
 
         `{"patient": "7", "visit": "12", "diagnoses": ["4019", "25000"], "procedures": [], "medications": ["A02B"]}`
 
@@ -264,7 +266,7 @@ class EHRDataset:
             >>> with tempfile.TemporaryDirectory() as folder:
             ...     EHRDataset.synthetic(num_patients=20, seed=0).to_jsonl(folder)
             ...     EHRDataset.from_jsonl(folder)
-            EHRDataset(patients=20, visits=47, diagnoses=300, procedures=80, medications=90)
+            EHRDataset(patients=20, visits=50, diagnoses=300, procedures=80, medications=90)
         """
         path = Path(path)
         if path.is_dir():

@@ -217,9 +217,7 @@ def _windows(rng: np.random.Generator, conditions: int, codes: int, width: int) 
     return weights
 
 
-def _draw_patient(
-    rng: np.random.Generator, patient: int, conditions: _Conditions
-) -> tuple[list[Visit], list[Floats]]:
+def _draw_patient(rng: np.random.Generator, patient: int, conditions: _Conditions) -> tuple[list[Visit], list[Floats]]:
     chronic = _choose(rng, conditions.popularity, int(rng.integers(1, 3)))
     visits, probabilities = [], []
     for number in range(2 + rng.poisson(0.4)):

@@ -6,7 +6,6 @@ import hashlib
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from recsys_losses._checks import check_choice, check_positive
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
     import os
     from collections.abc import Callable, Iterator, Sequence
 
+    import numpy as np
     from numpy.typing import NDArray
     from torch import Tensor
 
@@ -68,6 +68,7 @@ class RAREMedTrainer:
         ValueError: If an option is out of range, a part is empty, or the sizes of model and data differ.
 
     Examples:
+        >>> from recsys_losses.raremed import EHRDataset
         >>> data = EHRDataset.synthetic(num_patients=60, seed=0)
         >>> train, valid, test = data.split()
         >>> model = RAREMed(300, 80, 90, embed_dim=16, num_layers=1, ff_dim=32, dropout=0.0)
@@ -363,9 +364,10 @@ def predict_medications(model: RAREMed, data: EHRDataset) -> NDArray[np.float32]
         ValueError: If there are no visits or the sizes differ from those of the model.
 
     Examples:
+        >>> from recsys_losses.raremed import EHRDataset
         >>> data = EHRDataset.synthetic(num_patients=10, seed=0)
         >>> predict_medications(RAREMed(300, 80, 90, embed_dim=16, num_layers=1, ff_dim=32), data).shape
-        (23, 90)
+        (24, 90)
     """
     _check_sizes(model, data)
     if not len(data):
@@ -379,7 +381,7 @@ def predict_medications(model: RAREMed, data: EHRDataset) -> NDArray[np.float32]
         with torch.no_grad():
             parts = [
                 torch.sigmoid(model.medication(model.encode_tokens(tokens.batch(rows, device)))).float().cpu()
-                for rows in order.split(_EVALUATION_BATCH)
+                for rows in torch.split(order, _EVALUATION_BATCH)
             ]
     finally:
         model.train(was_training)
@@ -407,6 +409,7 @@ def evaluate_recommendations(
         ValueError: If the shapes don't fit, an option is out of range, or there are too few visits for the groups.
 
     Examples:
+        >>> from recsys_losses.raremed import EHRDataset
         >>> data = EHRDataset.synthetic(num_patients=30, seed=0)
         >>> metrics = evaluate_recommendations(data, data.targets())
         >>> metrics["jaccard"], metrics["gap"]
@@ -436,9 +439,9 @@ def _bucketed(length: Tensor, batch_size: int, generator: torch.Generator) -> It
     """Shuffle the rows, sort them by length within buckets of some batches, and yield the batches in random order."""
     order = torch.randperm(length.numel(), generator=generator)
     sorted_parts = [
-        part[length[part].argsort(stable=True)] for part in order.split(batch_size * _BATCHES_PER_BUCKET)
+        part[length[part].argsort(stable=True)] for part in torch.split(order, batch_size * _BATCHES_PER_BUCKET)
     ]
-    batches = [batch for part in sorted_parts for batch in part.split(batch_size)]
+    batches = [batch for part in sorted_parts for batch in torch.split(part, batch_size)]
     for number in torch.randperm(len(batches), generator=generator).tolist():
         yield batches[number]
 
@@ -446,9 +449,7 @@ def _bucketed(length: Tensor, batch_size: int, generator: torch.Generator) -> It
 def _interleave(first: _Prepared, second: _Prepared) -> _Prepared:
     """Row 2i is row i of the first, row 2i + 1 row i of the second."""
     width = max(first.stacked.shape[2], second.stacked.shape[2])
-    padded = [
-        torch.nn.functional.pad(part.stacked, (0, width - part.stacked.shape[2])) for part in (first, second)
-    ]
+    padded = [torch.nn.functional.pad(part.stacked, (0, width - part.stacked.shape[2])) for part in (first, second)]
     stacked = torch.stack(padded, dim=2).flatten(1, 2)
     return _Prepared(stacked, torch.stack((first.length, second.length), 1).flatten())
 
@@ -471,7 +472,9 @@ def _check_sizes(model: RAREMed, data: EHRDataset) -> None:
     model_sizes = (model.num_diagnoses, model.num_procedures, model.num_medications)
     data_sizes = (data.num_diagnoses, data.num_procedures, data.num_medications)
     if model_sizes != data_sizes:
-        raise ValueError(f"the model has the sizes {model_sizes} (diagnoses, procedures, medications), the data {data_sizes}")
+        raise ValueError(
+            f"the model has the sizes {model_sizes} (diagnoses, procedures, medications), the data {data_sizes}"
+        )
 
 
 def _digest(*parts: EHRDataset) -> str:
