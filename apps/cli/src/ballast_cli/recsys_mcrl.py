@@ -131,9 +131,7 @@ def train(
             on_epoch=progress.update,
         )
     metrics = trainer.evaluate(test_set, ks=ks)
-    # Of simulated sessions the file says which world they are from, so that `evaluate` can go on in it.
-    note = {"simulator_seed": seed} if data == "simulated" else None
-    recommender.save(output / "model.safetensors", note=note)
+    recommender.save(output / "model.safetensors")
     write_json(output / "items.json", ids)
     write_json(output / "history.json", result.history)
     summary = {
@@ -159,7 +157,7 @@ def evaluate(
     simulator_seed: int = 0,
     ks: Cutoffs = (5, 10, 20),
     min_length: int = 3,
-    seed: int = 0,
+    seed: int = 1,
     device: str = "cpu",
     output: Path | None = None,
     json: bool = False,
@@ -178,7 +176,7 @@ def evaluate(
         simulator_seed: Seed of the simulated items, as in training (the seed of `train`).
         ks: Cut-offs.
         min_length: Sessions with fewer events are left out.
-        seed: Seed of the simulated users.
+        seed: Seed of the simulated users; another one than that of training.
         device: Torch device.
         output: Also write the metrics to this JSON file.
         json: Print the result as one JSON object.

@@ -81,7 +81,8 @@ def make_hvp(
     Args:
         loss_fn: $R$: takes a pytree like `params` and returns a scalar; deterministic, as in `hvp`.
         params: $\theta$: a tensor, or a dict, list or tuple of tensors. Half precision is copied to float32.
-        mode: `"auto"` tries `"rev-rev"` and then `"fwd-rev"`; the latter keeps nothing between products.
+        mode: `"auto"` tries `"rev-rev"`, the faster one on a CPU even for a single product, and then `"fwd-rev"`, which
+            keeps nothing between products and needs less memory.
         l2: Weight decay that training had and `loss_fn` leaves out, >= 0, in the reduction of the loss (for a sum over n
             samples, n times the optimiser's weight decay of the mean).
 

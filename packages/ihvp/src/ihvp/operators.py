@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from ihvp._trees import Pytree, leaves_like, rebuild
-from ihvp.hvp import Mode, hvp, module_loss
+from ihvp.hvp import Mode, make_hvp, module_loss
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
@@ -47,7 +47,7 @@ class DataHVP:
         reduction: How `loss` reduces over its batch: `"mean"` gives the Hessian of the mean over all samples, `"sum"`
             that of the sum.
         l2: Weight decay that `loss` leaves out, >= 0, in the same reduction.
-        mode: See `ihvp.hvp.hvp`.
+        mode: See `make_hvp`.
         size: Samples of a batch; None takes the length of the first tensor in it.
 
     Attributes:
@@ -55,7 +55,7 @@ class DataHVP:
 
     Raises:
         ValueError: If no parameter requires a gradient, `l2` is negative or `reduction` is unknown; at a product, if the
-            loader yields nothing, a batch has no size, or for the reasons of `hvp`.
+            loader yields nothing, a batch has no size, or for the reasons of `make_hvp`.
 
     Examples:
         >>> import torch
@@ -130,7 +130,7 @@ class StochasticHVP:
         batch_size: Samples per call, >= 1; all of them where there are fewer.
         reduction: How `loss` reduces over its batch.
         l2: Weight decay that `loss` leaves out, >= 0, in the same reduction.
-        mode: See `ihvp.hvp.hvp`.
+        mode: See `make_hvp`.
         generator: Source of the batches, on the CPU; None means one seeded with 0.
 
     Attributes:
@@ -211,7 +211,7 @@ class _InOrder:
 def batch_product(model: nn.Module, loss: Callable[..., Tensor], batch: Any, v: Pytree, mode: Mode) -> list[Tensor]:
     """One product with the Hessian of one batch, in the order of the module's parameters."""
     loss_fn, params = module_loss(model, loss, *(batch if isinstance(batch, (tuple, list)) else (batch,)))
-    return list(hvp(loss_fn, params, v, mode=mode).values())
+    return list(make_hvp(loss_fn, params, mode=mode)(v).values())
 
 
 def _over_ranks(total: list[Tensor], samples: int) -> tuple[list[Tensor], int]:

@@ -224,7 +224,9 @@ def test_streams_are_weighted_back_to_the_true_probability(p, late):
     es_dfm = _fixed_point(lambda x: mix(lambda y: es_dfm_loss(x, y, real, delayed), (1, p - dp + dp), (0, 1 - p + dp)))
     assert es_dfm == pytest.approx(p, abs=1e-6)
     # every click twice: at the window and at the end
-    defer = _fixed_point(lambda x: mix(lambda y: defer_loss(x, delayed, y), (1, (p - dp) + p), (0, (1 - p + dp) + 1 - p)))
+    defer = _fixed_point(
+        lambda x: mix(lambda y: defer_loss(x, delayed, y), (1, (p - dp) + p), (0, (1 - p + dp) + 1 - p))
+    )
     assert defer == pytest.approx(p, abs=1e-6)
     # every click as 0 at once, conversions again as 1
     fnw = _fixed_point(lambda x: mix(lambda y: fnw_loss(x, y), (1, p), (0, 1.0)))

@@ -308,7 +308,9 @@ def test_writing_needs_the_columns_of_the_format(tmp_path):
 
 def test_reading_needs_no_loop_over_lines(tmp_path, monkeypatch):
     # A file of one piece and one of many give the same codes, also where texts are new in a late piece.
-    lines = [_line(click=i, pay=i + 1 if i % 3 else "", texts=(f"t{i % 7:x}", *["q" * (i % 4)] * 8)) for i in range(500)]
+    lines = [
+        _line(click=i, pay=i + 1 if i % 3 else "", texts=(f"t{i % 7:x}", *["q" * (i % 4)] * 8)) for i in range(500)
+    ]
     path = _write(tmp_path / "data.txt", lines)
     whole = DelayedClicks.load_criteo(path)
     monkeypatch.setattr(_criteo, "_PIECE", 100)

@@ -6,12 +6,15 @@ import copy
 import math
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from ihvp import ConvergenceWarning
+from scipy.sparse import csr_matrix, hstack
+from sklearn.linear_model import LogisticRegression
 from torch import nn
 
+from ihvp import ConvergenceWarning
 from recsys_losses.if_dfm import (
     Clicks,
     DelayedClicks,
@@ -180,7 +183,6 @@ def test_an_unused_parameter_has_no_curvature(net):
     size = len(_flat(net))
     for kind in ("hessian", "ggn"):
         product = hessian_vector_product(net, _batch(), torch.ones(size, dtype=F64), kind=kind)
-        at = sum(p.numel() for name, p in net.named_parameters() if p.requires_grad and name < "idle")
         names = [name for name, p in net.named_parameters() if p.requires_grad]
         at = sum(dict(net.named_parameters())[name].numel() for name in names[: names.index("idle")])
         assert not product[at : at + 2].any()
@@ -223,7 +225,7 @@ def test_what_does_not_converge_warns_or_raises():
     with pytest.warns(ConvergenceWarning, match="residual"):
         solve = solve_influence(lambda v: A @ v, b, damping=0.0, max_iter=2)
     assert not solve.converged
-    with pytest.raises(ValueError, match="did not converge: relative residual .* raise damping"):
+    with pytest.raises(ValueError, match=r"did not converge: relative residual .* raise damping"):
         solve_influence(lambda v: A @ v, b, damping=0.0, max_iter=2, strict=True)
     with pytest.raises(ValueError, match="negative curvature"):
         solve_influence(lambda v: -v, b, damping=0.5, strict=True)
@@ -323,12 +325,12 @@ def test_unused_embeddings_stay_bit_for_bit(net):
     added[1][0] = 3
     for options in (
         {"correct_stationarity": True},
-        {"method": "adam", "max_iter": 50},
+        {"method": "adam", "max_iter": 50, "tol": 10.0},
         {"method": "direct"},
         {"hessian": "ggn"},
     ):
         before = net.table.weight.detach().clone()
-        updater = InfluenceUpdater(net, [train], damping=1.0, l2=0.1, tol=1.0, **options)
+        updater = InfluenceUpdater(net, [train], damping=1.0, l2=0.1, **options)
         updater.update([flipped], [added])
         updater.apply()
         changed = (net.table.weight != before).any(1)
@@ -466,45 +468,42 @@ def test_every_backbone_has_curvature_and_an_update(name):
     batch = (*batch[:2], batch[2].double())
     numeric = (_gradient(_move(model, eps * v), batch) - _gradient(_move(model, -eps * v), batch)) / (2 * eps)
     assert (got - numeric).norm() < 1e-3 * numeric.norm() + 1e-6  # kinks of the leaky ReLU
-    updater = InfluenceUpdater(model, parts["train"].loader(), damping=1.0, hessian="ggn")
-    update = updater.update(parts["flipped"].loader(), parts["added"].loader())
-    # to first order the update lowers the corrected loss
+    updater = InfluenceUpdater(model, parts["train"].loader(), damping=1.0, hessian="ggn", correct_stationarity=True)
+    # The model isn't trained: with its gradient the update is a step down the corrected loss.
     corrected = next(iter(parts["train"].corrected(parts["flipped"]).loader(10_000)))
     corrected = (*corrected[:2], corrected[2].double())
     before = _loss(model, corrected)
     updater.update(parts["flipped"].loader())
     updater.apply()
     assert _loss(model, corrected) < before
-    assert update.info["delta_norm"] > 0
 
 
 # --- the comparison of the paper, on generated clicks ---------------------------------------------------------------
 
 
-def _newton(model, clicks: Clicks, l2):
-    """Minimise mean cross-entropy plus l2 / 2 |theta|^2 of the logistic backbone, by Newton's steps."""
-    x = F.one_hot(clicks.x_cat + model.first.offsets, len(model.first.table.weight)).sum(1).double()
-    rows = torch.cat([x, clicks.x_num.double(), torch.ones(len(x), 1, dtype=F64)], 1)
-    y, theta = clicks.label.double(), torch.zeros(rows.shape[1], dtype=F64)
-    for _ in range(8):
-        p = (rows @ theta).sigmoid()
-        hessian = rows.T @ (rows * (p * (1 - p)).unsqueeze(1)) / len(y)
-        hessian.diagonal().add_(l2)
-        theta -= torch.linalg.solve(hessian, rows.T @ (p - y) / len(y) + l2 * theta)
-    names = dict(model.first.named_parameters())
-    at = len(names["table.weight"])
+def _fitted(data: DelayedClicks, clicks: Clicks, l2):
+    """The logistic backbone at the minimum of mean cross-entropy plus l2 / 2 |theta|^2, by scikit-learn."""
+    model = build_model("logistic", data.x_num.shape[1], data.cardinalities).double()
+    n, fields = clicks.x_cat.shape
+    columns = (clicks.x_cat + model.first.offsets).flatten().numpy()
+    codes = csr_matrix(
+        (np.ones(n * fields), columns, np.arange(0, n * fields + 1, fields)), (n, sum(data.cardinalities))
+    )
+    rows = hstack([codes, clicks.x_num.double().numpy(), np.ones((n, 1))]).tocsr()
+    solver = LogisticRegression(C=1 / (l2 * n), solver="newton-cg", fit_intercept=False, tol=1e-9, max_iter=500)
+    theta = torch.from_numpy(solver.fit(rows, clicks.label.numpy()).coef_[0])
+    parts = theta.split([sum(data.cardinalities), data.x_num.shape[1], 1])
     with torch.no_grad():
-        names["table.weight"].copy_(theta[:at].unsqueeze(1))
-        names["numeric"].copy_(theta[at:-1].unsqueeze(1))
-        names["bias"].copy_(theta[-1:])
+        for name, part in zip(("table.weight", "numeric", "bias"), parts, strict=True):
+            p = model.first.get_parameter(name)
+            p.copy_(part.reshape(p.shape))
     return model
 
 
 def _comparison(data: DelayedClicks, l2=1e-4):
     parts = data.window(15, 14, 10, 1)
     stale, renewed = (
-        _newton(build_model("logistic", data.x_num.shape[1], data.cardinalities).double(), clicks, l2)
-        for clicks in (parts["train"], parts["train"].corrected(parts["flipped"]))
+        _fitted(data, clicks, l2) for clicks in (parts["train"], parts["train"].corrected(parts["flipped"]))
     )
     metrics = {"vanilla": stale, "retrain": renewed}
     test = parts["test"]

@@ -493,11 +493,11 @@ VARIANTS: dict[str, dict[str, float]] = {
 
 
 def _simulated(variant: str, seed: int) -> dict[str, float]:
-    """900 steps on 2,500 sessions; the metrics of 400 others and 1,000 rollouts."""
+    """900 steps on 2,500 sessions; the metrics of 1,000 others and 1,000 rollouts."""
     simulator = SessionSimulator(seed=seed)
     train, test = (
         ReplayBuffer.from_sessions(simulator.logs(n, 10 * seed + part), num_items=simulator.num_items)
-        for part, n in ((1, 2500), (2, 400))
+        for part, n in ((1, 2500), (2, 1000))
     )
     net = MCRL(simulator.num_items, seed=seed, **VARIANTS[variant])
     MCRLTrainer(net, train, seed=seed).fit(1, steps_per_epoch=900)

@@ -299,14 +299,13 @@ class MCRL(nn.Module):
         """Return the arguments it was made with, without the number of items and the seed."""
         return dict(self._options)
 
-    def save(self, path: str | os.PathLike[str], *, note: dict[str, Any] | None = None) -> None:
+    def save(self, path: str | os.PathLike[str]) -> None:
         """Write the model to a safetensors file, its options in the header.
 
         Args:
             path: File to write or to replace.
-            note: Further JSON values to keep in the header.
         """
-        metadata = {"kind": _KIND, "version": 1, "num_items": self.num_items, "options": self.options(), "note": note}
+        metadata = {"kind": _KIND, "version": 1, "num_items": self.num_items, "options": self.options()}
         write_tensors(path, self.state_dict(), metadata)
 
     @classmethod
