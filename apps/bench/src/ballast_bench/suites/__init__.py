@@ -36,7 +36,6 @@ MODULES = tuple(
         "recsys_dsl",
         "recsys_raremed",
         "recsys_mcrl",
-        "recsys_if_dfm",
         "ihvp",
     )
 )
