@@ -274,9 +274,9 @@ def _test(model: Any, data: InteractionData, ks: tuple[int, ...]) -> dict[str, f
     from recsys_losses.metrics import evaluate_full_ranking, item_group_recall
 
     with torch.no_grad():
-        tables = model.embeddings()
-        metrics = evaluate_full_ranking(*tables, data.train, data.test, ks=ks)
-        groups = {k: item_group_recall(*tables, data.train, data.test, k=k, num_groups=_GROUPS) for k in ks}
+        user, item = model.embeddings()
+        metrics = evaluate_full_ranking(user, item, data.train, data.test, ks=ks)
+        groups = {k: item_group_recall(user, item, data.train, data.test, k=k, num_groups=_GROUPS) for k in ks}
     return metrics | {f"tail_recall@{k}": float(recall[:_TAIL_GROUPS].sum()) for k, recall in groups.items()}
 
 

@@ -615,6 +615,8 @@ BAD = [
     ),
     (lambda: _model().score_all(torch.tensor([U]), torch.tensor([0])), "users holds 5, which is out of range"),
     (lambda: _model().score_all(torch.tensor([0]), torch.tensor([C])), "contexts holds 8, which is out of range"),
+    (lambda: _model().score_all(torch.tensor([0]), torch.tensor([[6, 0, 0]])), r"all columns but the last\) holds 6"),
+    (lambda: _model().score_all(torch.tensor([0]), torch.tensor([[0, 0, 7]])), r"last column, items\) holds 7"),
     (lambda: _model().loss(*_batch()[:3], torch.ones(8)), "same length"),
     (lambda: _model().recommend(USERS, CONTEXTS, k=GRAPH + 1), r"k must be in 1..6 .*, got 7"),
 ]

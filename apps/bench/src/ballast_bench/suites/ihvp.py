@@ -1,8 +1,8 @@
 """Cases of ihvp: how many Hessian products each solver needs for the same answer.
 
 Protocol: train a model on generated data to a minimum, take the gradient of 1 % of the samples as right-hand side, and run
-the Neumann series for 100 steps, as GIF publishes it, with the smallest safe scale. Its residual without damping is the
-target of all others: the figure is the number of products until a method's own undamped residual is that small.
+the Neumann series for 100 steps, as GIF publishes it, or 400, with the smallest safe scale. Its residual without damping
+is the target of all others: the figure is the number of products until a method's own undamped residual is that small.
 """
 
 from __future__ import annotations
@@ -31,20 +31,21 @@ _METRICS = (
 _METHODS: dict[str, dict[str, Any]] = {
     "Neumann": {"solver": "neumann"},
     "CG": {"solver": "cg", "damping": 0.0},
-    "CG damped": {"solver": "cg", "damping": 0.1},
+    "CG damped": {"solver": "cg", "damping": 0.2},
     "SGD": {"solver": "sgd", "lr": 1.8, "momentum": 0.0},
-    "Adam": {"solver": "adam", "lr": 0.01},
-    "LiSSA, batches": {"solver": "lissa", "scale": 1.5, "batch": 0.1},
-    "Adam, batches": {"solver": "adam", "lr": 0.001, "batch": 0.1},
+    "Adam": {"solver": "adam", "lr": 0.001},
+    "LiSSA, batches": {"solver": "lissa", "scale": 5.0, "batch": 0.1},
+    "Adam, batches": {"solver": "adam", "lr": 0.0001, "batch": 0.1},
 }
 _NOTE = (
-    "The target is the residual |b - H x| / |b| of the Neumann series after 100 steps with scale 1.1 times the largest "
-    "eigenvalue (the products that estimate it are not counted, for any method). H includes the weight decay of training. "
-    "Products are in full passes over the data: a batch of a tenth counts a tenth. Every count includes one product for "
-    "the final residual. A method that misses the target is shown with the products of its whole budget of 200 passes and "
-    "its residual there. CG damped uses a tenth of scale / 100, the damping that 100 steps amount to. SGD's rate is 1.8 "
-    "divided by the largest eigenvalue, Adam's rates and LiSSA's scale (1.5 times that eigenvalue) were chosen from a few "
-    "values on another seed. Batches are random tenths of the data."
+    "The target is the residual |b - H x| / |b| of the Neumann series after the steps in the title, with the smallest safe "
+    "scale, 1.1 times the largest eigenvalue; the products that estimate that eigenvalue are not counted, for any method. "
+    "H includes the weight decay of training. Products are in full passes over the data: a batch of a tenth counts a tenth. "
+    "Every count includes one product for the final residual. A method that misses the target is shown with the products "
+    "of its budget, twice those of Neumann, and its residual there. SGD's rate is 1.8 divided by the largest eigenvalue. "
+    "Chosen from a few values on the data of another seed: the damping of CG damped (a fifth of scale / steps, the damping "
+    "that so many steps amount to; it is of use for the network only), Adam's rates, LiSSA's scale (5 times the largest "
+    "eigenvalue)."
 )
 
 
@@ -72,7 +73,7 @@ def cpu() -> tuple[Case, ...]:
             f"{problem['problem']}-{steps}",
             f"Products of solvers, {title}, residual of {steps} Neumann steps",
             {**problem, "target_steps": steps},
-            tuple(_METHODS),
+            tuple(name for name in _METHODS if problem is network or name != "CG damped"),
             seeds=(0, 1, 2, 3, 4),
             expected=5,
         )

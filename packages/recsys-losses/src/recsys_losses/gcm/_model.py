@@ -237,10 +237,13 @@ class GCM(nn.Module):
             users: LongTensor `(B,)`.
             items: Graph items, LongTensor `(B,)`.
             contexts: Numbers of contexts `(B,)` or rows of feature ids `(B, k)`.
+
+        Raises:
+            ValueError: If shapes don't fit or (on the CPU) an index is out of range.
         """
         rows = self._rows(contexts)
         self._check_users(users, rows)
-        check_indices("items", items, self.num_graph_items)
+        _check_on_cpu("items", items, self.num_graph_items)
         tables = self._tables()
         context_table = tables.context_table()
         user, item = node_vectors(tables, self._structure(), context_table)
@@ -297,7 +300,7 @@ class GCM(nn.Module):
             contexts: Numbers of contexts `(B,)` or rows of feature ids `(B, k)`.
 
         Raises:
-            ValueError: If shapes don't fit or an index is out of range.
+            ValueError: If shapes don't fit or (on the CPU) an index is out of range.
         """
         rows = self._rows(contexts)
         self._check_users(users, rows)
@@ -402,12 +405,13 @@ class GCM(nn.Module):
     def _rows(self, contexts: Tensor) -> Tensor:
         """Return rows of the context table, (B, k)."""
         if contexts.ndim == 1:
-            check_indices("contexts", contexts, len(self.context_features))
+            _check_on_cpu("contexts", contexts, len(self.context_features))
             return self._context_rows.index_select(0, contexts)
         if contexts.ndim != 2 or contexts.shape[1] != self.context_features.shape[1]:
             fields = self.context_features.shape[1]
             raise ValueError(f"contexts must be (B,) numbers or (B, {fields}) feature ids, got {tuple(contexts.shape)}")
-        check_contexts(contexts, self.num_context_features, self.num_items)
+        _check_on_cpu("contexts (all columns but the last)", contexts[:, :-1], self.num_context_features)
+        _check_on_cpu("contexts (last column, items)", contexts[:, -1], self.num_items)
         return context_rows(contexts, self.num_context_features)
 
     def _check_users(self, users: Tensor, rows: Tensor) -> None:
@@ -415,7 +419,13 @@ class GCM(nn.Module):
             raise ValueError(
                 f"users must be (B,) with one context each, got {tuple(users.shape)} and {len(rows)} contexts"
             )
-        check_indices("users", users, self.num_users)
+        _check_on_cpu("users", users, self.num_users)
+
+
+def _check_on_cpu(name: str, index: Tensor, size: int) -> None:
+    """Raise ValueError for an index out of range, unless looking would wait for a GPU."""
+    if index.device.type == "cpu":
+        check_indices(name, index, size)
 
 
 def _size(name: str, ids: Tensor | None, given: int | None) -> int:
