@@ -29,6 +29,12 @@ NAMES = {
     "precision": "Precision",
     "hit_ratio": "HitRatio",
     "mrr": "MRR",
+    "hr": "HR",
+    "prauc": "PRAUC",
+    "ddi_rate": "DDI rate",
+    "num_med": "drugs per visit",
+    "auc": "AUC",
+    "log_loss": "log loss",
 }
 
 

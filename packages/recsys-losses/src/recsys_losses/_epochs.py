@@ -136,7 +136,7 @@ class EpochRun:
             record["seconds"] = time.perf_counter() - start
             if not math.isfinite(record["loss"]):
                 raise RuntimeError(
-                    f"the loss of epoch {epoch} is {record['loss']}; a lower lr or a higher temperature may help"
+                    f"the loss of epoch {epoch} is {record['loss']}; a lower learning rate may help (for softmax losses also a higher temperature)"
                 )
             if evaluate is not None and ((epoch + 1) % eval_every == 0 or epoch + 1 == epochs):
                 metrics = evaluate()
