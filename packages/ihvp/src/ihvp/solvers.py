@@ -15,6 +15,7 @@ Linear Time*, arXiv:1602.03943. P. W. Koh, P. Liang, *Understanding Black-box Pr
 
 from __future__ import annotations
 
+import inspect
 import math
 import warnings
 from dataclasses import dataclass, field
@@ -694,8 +695,10 @@ def _warn(method: str, result: SolveResult, advice: str) -> None:
         f"{method} {what} after {result.num_iter} steps: relative residual {result.relative_residual:.2e} "
         f"(undamped {result.undamped_relative_residual:.2e}); raise (increase) {advice}"
     )
-    # The level of the line that called the solver; through `solve` it is one further up.
-    warnings.warn(text, ConvergenceWarning, stacklevel=4)
+    level, frame = 1, inspect.currentframe()
+    while frame is not None and str(frame.f_globals.get("__name__")).startswith("ihvp."):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(text, ConvergenceWarning, stacklevel=level)  # at the line that called the package
 
 
 def _series(

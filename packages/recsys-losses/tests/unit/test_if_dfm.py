@@ -198,39 +198,32 @@ def test_dfm_recovers_probability_and_rate():
     assert label.float().mean() < 0.35
 
 
-def _fixed_point(step, start=0.0):
-    """The logit at which the summed gradient over a stream vanishes."""
-    low, high = -8.0, 8.0
-    for _ in range(60):
-        middle = (low + high) / 2
-        x = torch.full((1,), middle, dtype=F64, requires_grad=True)
-        gradient = torch.autograd.grad(step(x), x)[0].item()
-        low, high = (middle, high) if gradient < 0 else (low, middle)
-    return torch.tensor(low, dtype=F64).sigmoid().item()
+def _expected_gradient(p, loss, *shares):
+    """Gradient, at the true probability, of the mean loss over a stream with the given shares of labels."""
+    x = torch.tensor([p], dtype=F64).logit().requires_grad_()
+    total = sum(share * loss(x, torch.tensor([label])) for label, share in shares)
+    return torch.autograd.grad(total, x)[0].item()
 
 
 @given(p=st.floats(0.02, 0.9), late=st.floats(0.0, 1.0))
 @settings(derandomize=True, deadline=None, max_examples=30)
 def test_streams_are_weighted_back_to_the_true_probability(p, late):
-    """Importance weights that know the truth make the expected gradient vanish at the true conversion rate."""
-
-    def mix(loss, *shares):
-        return sum(share * loss(torch.tensor([y])) for y, share in shares)
-
+    """With weights that know the truth, the expected gradient over the stream vanishes at the true conversion rate."""
     dp = p * late  # converts after the window
-    real = torch.tensor([(1 - p) / (1 - p + dp)], dtype=F64).logit()
-    delayed = torch.tensor([dp], dtype=F64).clamp(1e-12, 1 - 1e-12).logit()
-    # every click once with the label of the window, delayed conversions once more
-    es_dfm = _fixed_point(lambda x: mix(lambda y: es_dfm_loss(x, y, real, delayed), (1, p - dp + dp), (0, 1 - p + dp)))
-    assert es_dfm == pytest.approx(p, abs=1e-6)
-    # every click twice: at the window and at the end
-    defer = _fixed_point(
-        lambda x: mix(lambda y: defer_loss(x, delayed, y), (1, (p - dp) + p), (0, (1 - p + dp) + 1 - p))
-    )
-    assert defer == pytest.approx(p, abs=1e-6)
-    # every click as 0 at once, conversions again as 1
-    fnw = _fixed_point(lambda x: mix(lambda y: fnw_loss(x, y), (1, p), (0, 1.0)))
-    assert fnw == pytest.approx(p, abs=1e-6)
+    real = torch.tensor([(1 - p) / (1 - p + dp)], dtype=F64).logit(1e-15)
+    delayed = torch.tensor([dp], dtype=F64).logit(1e-15)
+    streams = {
+        # every click once with the label of the window, delayed conversions once more
+        "es-dfm": (lambda x, y: es_dfm_loss(x, y, real, delayed), (1, p), (0, 1 - p + dp)),
+        # every click twice: at the window and at the end
+        "defer": (lambda x, y: defer_loss(x, delayed, y), (1, p - dp + p), (0, 1 - p + dp + 1 - p)),
+        # every click as 0 at once, conversions again as 1
+        "fnw": (fnw_loss, (1, p), (0, 1.0)),
+    }
+    for name, (loss, *shares) in streams.items():
+        assert abs(_expected_gradient(p, loss, *shares)) < 1e-9, name
+        plain = _expected_gradient(p, lambda x, y: F.binary_cross_entropy_with_logits(x, y.double()), *shares)
+        assert late < 0.01 or plain > 1e-4, name  # unweighted, the stream teaches too little
 
 
 def test_fnc_inverts_the_share_of_the_stream():

@@ -473,7 +473,8 @@ def test_every_backbone_has_curvature_and_an_update(name):
     corrected = next(iter(parts["train"].corrected(parts["flipped"]).loader(10_000)))
     corrected = (*corrected[:2], corrected[2].double())
     before = _loss(model, corrected)
-    updater.update(parts["flipped"].loader())
+    update = updater.update(parts["flipped"].loader(7))
+    torch.testing.assert_close(updater.update(parts["flipped"]).delta, update.delta)
     updater.apply()
     assert _loss(model, corrected) < before
 

@@ -17,6 +17,7 @@ from torch import nn
 from ihvp import ConvergenceWarning, DataHVP, extreme_eigenvalues, make_hvp, module_loss, solvers
 from ihvp.hvp import hvp as exact_product
 from recsys_losses._checks import check_choice, check_positive
+from recsys_losses.if_dfm._data import Clicks
 from recsys_losses.if_dfm._losses import check_binary
 
 if TYPE_CHECKING:
@@ -243,7 +244,7 @@ class InfluenceUpdater:
     Args:
         model: The trained model: called with the inputs of a batch, returns logits `(B,)`.
         train_loader: The training rows with the labels of training, as batches (inputs, then labels) that can be
-            iterated again and again, such as `Clicks.loader()` or a DataLoader.
+            iterated again and again, such as `Clicks.loader()` or a DataLoader; or `Clicks`.
         loss: `"bce"` or `"squared"`; the mean over rows is what training minimised.
         damping: $\lambda\ge0$. A neural network needs more than the size of its most negative curvature (`diagnose`);
             choose it on validation clicks (`choose_damping`).
@@ -274,8 +275,8 @@ class InfluenceUpdater:
         >>> data = DelayedClicks.synthetic(per_day=50, days=30)
         >>> parts = data.window(T=15, duration=14, gap=10)
         >>> model = build_model("logistic", data.x_num.shape[1], data.cardinalities)
-        >>> updater = InfluenceUpdater(model, parts["train"].loader(), damping=0.1)
-        >>> update = updater.update(parts["flipped"].loader(), parts["added"].loader())
+        >>> updater = InfluenceUpdater(model, parts["train"], damping=0.1)
+        >>> update = updater.update(parts["flipped"], parts["added"])
         >>> updater.apply()
         >>> updater.revert()  # bit for bit
     """
@@ -283,14 +284,14 @@ class InfluenceUpdater:
     def __init__(
         self,
         model: nn.Module,
-        train_loader: Iterable[Sequence[Tensor]],
+        train_loader: Iterable[Sequence[Tensor]] | Clicks,
         loss: Loss = "bce",
         damping: float = 1e-3,
         method: Method = "cg",
         hessian: Curvature = "hessian",
         *,
         l2: float = 0.0,
-        curvature_loader: Iterable[Sequence[Tensor]] | None = None,
+        curvature_loader: Iterable[Sequence[Tensor]] | Clicks | None = None,
         cache: bool = False,
         curvature_scale: float = 1.0,
         include_added_in_hessian: bool = False,
@@ -309,13 +310,13 @@ class InfluenceUpdater:
                 raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
         _parameters(model)
         self.model = model
-        self.train_loader = train_loader
+        self.train_loader = _loader(train_loader)
         self.loss: Loss = loss
         self.damping = damping
         self.method: Method = method
         self.hessian: Curvature = hessian
         self.l2 = l2
-        self.curvature_loader = train_loader if curvature_loader is None else curvature_loader
+        self.curvature_loader = self.train_loader if curvature_loader is None else _loader(curvature_loader)
         self.cache = cache
         self.include_added_in_hessian = include_added_in_hessian
         self.correct_stationarity = correct_stationarity
@@ -329,11 +330,13 @@ class InfluenceUpdater:
         self.last: Update | None = None
         self._before: list[Tensor] | None = None
 
-    def update(self, flipped: Iterable[Sequence[Tensor]], added: Iterable[Sequence[Tensor]] | None = None) -> Update:
+    def update(
+        self, flipped: Iterable[Sequence[Tensor]] | Clicks, added: Iterable[Sequence[Tensor]] | Clicks | None = None
+    ) -> Update:
         """Compute the update at the present parameters; `apply` makes it.
 
         Args:
-            flipped: Batches (inputs, then the old labels, 0) of the training rows that converted since.
+            flipped: Batches (inputs, then the old labels, 0) of the training rows that converted since, or `Clicks`.
             added: Batches of new rows with the labels known by now, or None.
 
         Returns:
@@ -344,7 +347,7 @@ class InfluenceUpdater:
                 system is singular, or, with `strict`, the solver did not converge.
         """
         start = time.perf_counter()
-        old, new = list(flipped), [] if added is None else list(added)
+        old, new = list(_loader(flipped)), [] if added is None else list(_loader(added))
         n = self._rows()
         b = influence_rhs(self.model, old, new, n, loss=self.loss)
         facts: dict[str, float] = {"n": n, "flipped": _count(old), "added": _count(new), "rhs_norm": float(b.norm())}
@@ -446,8 +449,8 @@ class InfluenceUpdater:
 
 def choose_damping(
     updater: InfluenceUpdater,
-    flipped: Iterable[Sequence[Tensor]],
-    added: Iterable[Sequence[Tensor]] | None,
+    flipped: Iterable[Sequence[Tensor]] | Clicks,
+    added: Iterable[Sequence[Tensor]] | Clicks | None,
     dampings: Sequence[float],
     score: Callable[[nn.Module], float],
 ) -> tuple[float, Update]:
@@ -470,7 +473,7 @@ def choose_damping(
     """
     if not dampings:
         raise ValueError("dampings is empty")
-    old, new = list(flipped), None if added is None else list(added)
+    old, new = list(_loader(flipped)), None if added is None else list(_loader(added))
     best: tuple[float, float, Update] | None = None
     for damping in dampings:
         updater.damping = damping
@@ -714,6 +717,10 @@ def _split(flat: Tensor, like: dict[str, Tensor]) -> list[Tensor]:
 
 def _named(flat: Tensor, like: dict[str, Tensor]) -> dict[str, Tensor]:
     return dict(zip(like, _split(flat, like), strict=True))
+
+
+def _loader(batches: Iterable[Sequence[Tensor]] | Clicks) -> Iterable[Sequence[Tensor]]:
+    return batches.loader() if isinstance(batches, Clicks) else batches
 
 
 def _count(batches: Iterable[Sequence[Tensor]]) -> int:
