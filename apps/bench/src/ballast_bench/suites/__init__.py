@@ -36,6 +36,7 @@ MODULES = tuple(
         "recsys_dsl",
         "recsys_raremed",
         "recsys_mcrl",
+        "recsys_if_dfm",
         "ihvp",
     )
 )
