@@ -9,6 +9,7 @@ import pytest
 from ballast_bench.case import CellInput, SkipCell, resolve
 from ballast_bench.suites import SUITES, load_suite
 from ballast_bench.suites import recsys_losses as cases
+from recsys_losses.data import DATASETS
 
 ALL = [case for suite in SUITES for case in load_suite(suite)]
 METHODS = {"BPR", "BCE", "Softmax (SL)", "SSM uniform", "SSM in-batch", "SSM in-batch+logQ", "BSL", "Adap-tau", "CPR"}
@@ -59,9 +60,15 @@ def test_the_suites_cover_what_they_promise():
             assert set(case.methods) == METHODS
             assert len(case.seeds) == 5
         assert {"BPR", "CPR", "SSM uniform", "SSM in-batch"} <= set(by_name[f"{dataset}-unbiased"].methods)
-    assert sorted(case.sweep.x for case in cpu if case.sweep) == [0, 10, 20, 30, 40]
+    noise = [case.sweep.x for case in cpu if case.sweep and case.sweep.group == "lastfm-noise"]
+    assert sorted(noise) == [0, 10, 20, 30, 40]
     assert any(case.dataset == "gowalla" for case in cpu)
-    assert {case.dataset for case in quick} == {"synthetic"}
+    files = {dataset.name for dataset in DATASETS} - {"synthetic"} | {"MUTAG"}
+    assert not files & {case.dataset for case in quick}
+    methods = {"adnce", "sgl", "gcm", "dsl", "raremed", "mcrl", "if_dfm"}
+    for suite in (quick, cpu):
+        runs = {case.run.partition(":")[0].rpartition(".")[2].removeprefix("recsys_") for case in suite}
+        assert methods | {"losses", "ihvp"} <= runs
 
 
 def test_expected_times_keep_the_budgets_of_two_jobs():

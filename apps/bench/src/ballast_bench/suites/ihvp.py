@@ -59,8 +59,8 @@ def quick() -> tuple[Case, ...]:
             "Products of solvers, small logistic regression",
             {"problem": "logistic", "samples": 300, "features": 10, "l2": 1e-3, "target_steps": 100},
             few,
-            seeds=(0, 1, 2),
-            expected=3,
+            seeds=(0, 1),
+            expected=1.5,
         ),
     )
 
@@ -75,8 +75,8 @@ def cpu() -> tuple[Case, ...]:
             f"Products of solvers, {title}, residual of {steps} Neumann steps",
             {**problem, "target_steps": steps},
             tuple(name for name in _METHODS if problem is network or name != "CG damped"),
-            seeds=(0, 1, 2, 3, 4),
-            expected=5,
+            seeds=(0, 1, 2),
+            expected=4,
         )
         for problem, title in ((logistic, "logistic regression"), (network, "MLP"))
         for steps in (100, 400)

@@ -85,7 +85,7 @@ def cpu() -> tuple[Case, ...]:
             "if-dfm-logistic",
             {},
             _LOGISTIC,
-            seeds=(0, 1, 2, 3, 4),
+            seeds=(0, 1, 2),
             expected=8,
             budget=300,
             note=(

@@ -85,7 +85,7 @@ def quick() -> tuple[Case, ...]:
             {name: _settings(name, **plan) for name, plan in _QUICK_MF.items()},
             note=note,
             seeds=(0, 1, 2, 3, 4),
-            expected=3,
+            expected=2.5,
         ),
         _case(
             "synthetic-lightgcn",

@@ -53,7 +53,7 @@ def quick() -> tuple[Case, ...]:
                 "SGL-ED": _settings(_QUICK_SGL, aug="ed", batch_size=1024),
             },
             baseline="LightGCN",
-            seeds=(0, 1, 2),
+            seeds=(0, 1),
             metrics=_METRICS,
             expected=3,
             tradeoff=("tail_recall@20", "recall@20"),
@@ -85,7 +85,7 @@ def cpu() -> tuple[Case, ...]:
         "tradeoff": ("tail_recall@20", "recall@20"),
         "preload": _PRELOAD,
         "budget": 900.0,
-        "expected": 30.0,
+        "expected": 18.0,
     }
     views = {f"SGL-{aug.upper()}": _settings(_SGL, aug=aug) for aug in ("ed", "nd", "rw")}
     early = _settings({**_LIGHTGCN, "epochs": _SGL["epochs"]})
