@@ -71,7 +71,7 @@ def cpu() -> tuple[Case, ...]:
     """lastfm: three kinds of views beside LightGCN, clean and with false pairs."""
     note = (
         "d = 64, two layers, batch 2,048, Adam 1e-2, users drawn uniformly. Epochs and weights of LightGCN and of SGL-ED were "
-        "chosen on validation pairs (a tenth of each user's train pairs, one seed, five values each); SGL-ND and "
+        "chosen on validation pairs (a tenth of each user's train pairs, one seed, four or five settings); SGL-ND and "
         f"SGL-RW take over those of SGL-ED. {_TAIL}"
     )
     sweep = "lastfm-sgl-noise", "false pairs added, %"
