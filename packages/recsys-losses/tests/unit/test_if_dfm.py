@@ -223,7 +223,7 @@ def test_streams_are_weighted_back_to_the_true_probability(p, late):
     for name, (loss, *shares) in streams.items():
         assert abs(_expected_gradient(p, loss, *shares)) < 1e-9, name
         plain = _expected_gradient(p, lambda x, y: F.binary_cross_entropy_with_logits(x, y.double()), *shares)
-        assert plain >= 0.99 * p * dp, name  # unweighted, the stream teaches too little
+        assert plain > 0.99 * p * dp - 1e-12, name  # unweighted, the stream teaches too little
 
 
 def test_fnc_inverts_the_share_of_the_stream():
