@@ -6,6 +6,7 @@ of users. The pair (u, i) has the key u * I + i.
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from dataclasses import dataclass
 
@@ -60,6 +61,14 @@ class InteractionData:
             f"InteractionData(num_users={self.num_users}, num_items={self.num_items}, "
             f"train={self.train.shape[1]}, valid={valid}, test={self.test.shape[1]})"
         )
+
+
+def fingerprint(data: InteractionData) -> str:
+    """Return a hash of the pairs that training and selection see, for the settings of a checkpoint."""
+    digest = hashlib.sha256(f"{data.num_users} {data.num_items}".encode())
+    for pairs in (data.train, data.valid):
+        digest.update(b"none" if pairs is None else pairs.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def check_edges(name: str, edge_index: Tensor, num_users: int | None = None, num_items: int | None = None) -> None:

@@ -12,7 +12,6 @@ parameters are those of one process, up to rounding.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 import warnings
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from recsys_losses._distributed import (
     sum_over_processes,
 )
 from recsys_losses._epochs import EpochRun, EpochsResult
+from recsys_losses._interactions import fingerprint
 from recsys_losses._loss_config import LOSSES, L2On, LossConfig
 from recsys_losses._storage import read_tensors, write_tensors
 from recsys_losses.data import InteractionData, hold_out_validation
@@ -170,7 +170,7 @@ def fit(
     settings = {
         "loss": dataclasses.asdict(loss),
         "model": model.options(),
-        "data": _digest(given),
+        "data": fingerprint(given),
         "batch_size": batch_size,
         "lr": lr,
         "l2": l2,
@@ -416,14 +416,6 @@ def _bar(epochs: int, rows: int, done: int, *, show: bool) -> Any:
     from tqdm import tqdm
 
     return tqdm(total=epochs * rows, initial=done * rows, unit="pair", unit_scale=True)
-
-
-def _digest(data: InteractionData) -> str:
-    """Return a fingerprint of the pairs that training and selection see."""
-    digest = hashlib.sha256(f"{data.num_users} {data.num_items}".encode())
-    for pairs in (data.train, data.valid):
-        digest.update(b"none" if pairs is None else pairs.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _check_model(model: Recommender, data: InteractionData) -> None:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["MODULES", "SUITES", "load_suite", "select_cells"]
 
 SUITES = {
-    "quick": "generated data only, about two minutes on 2 cores",
+    "quick": "generated data only, three to four minutes on 2 cores",
     "cpu": "real data, under an hour on 2 cores",
     "gpu": "full-size runs on a CUDA device",
 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -14,6 +13,7 @@ from torch import nn
 
 from recsys_losses._checks import check_choice, check_positive
 from recsys_losses._epochs import EpochRun, EpochsResult
+from recsys_losses._interactions import fingerprint
 from recsys_losses._storage import read_tensors, write_tensors
 from recsys_losses.baselines import bpr_loss
 from recsys_losses.data import InteractionData, hold_out_validation
@@ -159,7 +159,7 @@ def fit_sparse(
     """
     _check_fit(model, data, epochs, batch_size, lr, final_lr, l2, eval_every, patience)
     check_choice("select_on", select_on, ("valid", "none"))
-    digest = _digest(data)
+    digest = fingerprint(data)
     if select_on == "valid":
         _check_monitor(monitor, ks, data.num_items)
         data = _with_validation(model, data, seed)
@@ -498,13 +498,6 @@ def _with_validation(model: Backbone, data: InteractionData, seed: int) -> Inter
     if data.valid is None or data.valid.shape[1] == 0:
         raise ValueError("there are no validation pairs to select the epoch on; give data.valid or select_on='none'")
     return data
-
-
-def _digest(data: InteractionData) -> str:
-    digest = hashlib.sha256(f"{data.num_users} {data.num_items}".encode())
-    for pairs in (data.train, data.valid):
-        digest.update(b"none" if pairs is None else pairs.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _check_fit(

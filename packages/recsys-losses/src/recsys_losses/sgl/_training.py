@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -10,7 +9,7 @@ import torch
 
 from recsys_losses._checks import check_choice, check_positive
 from recsys_losses._epochs import EpochRun, EpochsResult
-from recsys_losses._interactions import EdgeSet, InteractionData, count_ids
+from recsys_losses._interactions import EdgeSet, InteractionData, count_ids, fingerprint
 from recsys_losses.data import hold_out_validation
 from recsys_losses.metrics import METRICS, evaluate_full_ranking
 from recsys_losses.sampling import UniformNegativeSampler
@@ -187,7 +186,7 @@ def fit(
     metrics = _check_arguments(model, sampler.data, epochs, lr, eval_every, patience, monitor, select_on, ks)
     settings = {
         "model": model.options(),
-        "data": _digest(sampler.data),
+        "data": fingerprint(sampler.data),
         "batch_size": sampler.batch_size,
         "sampling": sampler.sampling,
         "seed": sampler.seed,
@@ -258,14 +257,6 @@ def _selection(model: SGL, sampler: BPRSampler, select_on: str) -> tuple[BPRSamp
     if data.valid is None or data.valid.shape[1] == 0:
         raise ValueError("there are no validation pairs to select the epoch on; give data.valid or select_on='none'")
     return sampler, data.valid
-
-
-def _digest(data: InteractionData) -> str:
-    """Return a fingerprint of the pairs that training and selection see."""
-    digest = hashlib.sha256(f"{data.num_users} {data.num_items}".encode())
-    for pairs in (data.train, data.valid):
-        digest.update(b"none" if pairs is None else pairs.cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _check_arguments(
