@@ -121,7 +121,8 @@ def ratio(a: float | None, b: float | None) -> float | None:
 
 def emit(result: dict[str, Any], output: Path | None) -> None:
     """Print the result as one JSON object and write it to `output` if given."""
-    command = f"python packages/recsys-losses/benchmarks/{Path(sys.argv[0]).name}"
+    given = [word for word in sys.argv[1:] if output is None or word not in ("--output", str(output))]
+    command = " ".join([f"python packages/recsys-losses/benchmarks/{Path(sys.argv[0]).name}", *given])
     text = json.dumps({"command": command, **result}, indent=2)
     print(text)
     if output is not None:

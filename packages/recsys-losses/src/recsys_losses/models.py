@@ -22,8 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import nn
 
-from recsys_losses._bipartite import Propagate as _Propagate
-from recsys_losses._bipartite import SparseRows, SymmetricProduct, normalized_rows, sorted_pairs
+from recsys_losses._bipartite import Propagate, SparseRows, SymmetricProduct, normalized_rows, sorted_pairs
 from recsys_losses._checks import check_choice
 from recsys_losses._interactions import check_edges
 
@@ -229,7 +228,7 @@ class LightGCN(nn.Module):
     def embeddings(self) -> tuple[Tensor, Tensor]:
         """Return the propagated tables, without dropout, `(U, d)` and `(I, d)`."""
         table = self.backbone.embedding.weight
-        return self._divide(_Propagate.apply(table, self.adjacency, self.num_layers))
+        return self._divide(Propagate.apply(table, self.adjacency, self.num_layers))
 
     def training_embeddings(self, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Return the propagated tables of one training step, with message dropout."""

@@ -150,11 +150,11 @@ class TestLightGCN:
         torch.testing.assert_close(torch.cat(model.embeddings()), expected, rtol=1e-6, atol=1e-8)
 
     def test_gradient(self) -> None:
-        from recsys_losses.models import _Propagate
+        from recsys_losses._bipartite import Propagate
 
         adjacency = normalized_adjacency(some_edges(), NUM_USERS, NUM_ITEMS, dtype=torch.float64)
         table = torch.randn(NUM_USERS + NUM_ITEMS, 2, dtype=torch.float64, requires_grad=True)
-        assert torch.autograd.gradcheck(lambda x: _Propagate.apply(x, adjacency, 3), (table,))
+        assert torch.autograd.gradcheck(lambda x: Propagate.apply(x, adjacency, 3), (table,))
 
     def test_no_layers_is_matrix_factorization(self) -> None:
         model = LightGCN(NUM_USERS, NUM_ITEMS, some_edges(), DIM, 0, seed=5)
