@@ -226,3 +226,18 @@ BAD = [
 def test_bad_arguments(data, call, message):
     with pytest.raises(ValueError, match=message):
         call(data)
+
+
+@pytest.mark.parametrize("model", MODELS.values(), ids=MODELS)
+@pytest.mark.parametrize(
+    ("sizes", "options", "message"),
+    [
+        ((-1, [3]), {}, "num_numeric=-1"),
+        ((2, [3, 0]), {}, r"cardinalities=\(3, 0\)"),
+        ((0, []), {}, "a model needs features"),
+        ((2, [3]), {"outputs": 0}, "outputs must be >= 1, got 0"),
+    ],
+)
+def test_a_model_refuses_sizes_out_of_range(model, sizes, options, message):
+    with pytest.raises(ValueError, match=message):
+        model(*sizes, **options)

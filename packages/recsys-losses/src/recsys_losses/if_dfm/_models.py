@@ -30,6 +30,14 @@ class LogisticModel(nn.Module):
         num_numeric: Numeric features, >= 0.
         cardinalities: Codes of each categorical feature.
         outputs: Logits per row; with 1 the result is `(B,)`, else `(B, outputs)`.
+
+    Raises:
+        ValueError: If a size is out of range.
+
+    Examples:
+        >>> import torch
+        >>> LogisticModel(2, [3, 4])(torch.zeros(5, 2), torch.zeros(5, 2, dtype=torch.long)).shape
+        torch.Size([5])
     """
 
     def __init__(self, num_numeric: int, cardinalities: Sequence[int], *, outputs: int = 1) -> None:
@@ -49,6 +57,14 @@ class MLPModel(nn.Module):
         dim: Width of the embeddings (64 in the authors' code).
         hidden: Widths of the layers (256, 256, 128 in the authors' code), LeakyReLU after each.
         outputs: Logits per row.
+
+    Raises:
+        ValueError: If a size is out of range.
+
+    Examples:
+        >>> import torch
+        >>> MLPModel(2, [3, 4])(torch.zeros(5, 2), torch.zeros(5, 2, dtype=torch.long)).shape
+        torch.Size([5])
     """
 
     def __init__(
@@ -79,6 +95,14 @@ class DeepFM(nn.Module):
         dim: Width of the embeddings.
         hidden: Widths of the layers.
         outputs: Logits per row; the pairwise part is shared by them.
+
+    Raises:
+        ValueError: If a size is out of range.
+
+    Examples:
+        >>> import torch
+        >>> DeepFM(2, [3, 4])(torch.zeros(5, 2), torch.zeros(5, 2, dtype=torch.long)).shape
+        torch.Size([5])
     """
 
     def __init__(
@@ -112,6 +136,14 @@ class AutoInt(nn.Module):
         heads: Heads, a divisor of `attention_dim` (2 in the authors' code).
         attention_dim: Width of the attention (64 in the authors' code).
         outputs: Logits per row.
+
+    Raises:
+        ValueError: If a size is out of range.
+
+    Examples:
+        >>> import torch
+        >>> AutoInt(2, [3, 4])(torch.zeros(5, 2), torch.zeros(5, 2, dtype=torch.long)).shape
+        torch.Size([5])
     """
 
     def __init__(
@@ -133,6 +165,7 @@ class AutoInt(nn.Module):
         self.fields = _Fields(num_numeric, cardinalities, dim, std=0.01)
         widths = [dim] + [attention_dim] * layers
         self.attention = nn.ModuleList(_Attention(a, b, heads) for a, b in pairwise(widths))
+        _check_outputs(outputs)
         self.out = nn.Linear(self.fields.count * attention_dim, outputs)
 
     def forward(self, x_num: Tensor, x_cat: Tensor) -> Tensor:
@@ -152,6 +185,14 @@ class DCNv2(nn.Module):
         cross_layers: Cross layers, >= 1 (1 in the authors' code).
         hidden: Widths of the perceptron.
         outputs: Logits per row.
+
+    Raises:
+        ValueError: If a size is out of range.
+
+    Examples:
+        >>> import torch
+        >>> DCNv2(2, [3, 4])(torch.zeros(5, 2), torch.zeros(5, 2, dtype=torch.long)).shape
+        torch.Size([5])
     """
 
     def __init__(
@@ -210,8 +251,6 @@ def build_model(
         torch.Size([3])
     """
     check_choice("model", name, MODELS)
-    if num_numeric < 0 or num_numeric + len(cardinalities) == 0 or any(c < 1 for c in cardinalities):
-        raise ValueError(f"a model needs features: num_numeric={num_numeric!r}, cardinalities={tuple(cardinalities)}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
@@ -261,6 +300,7 @@ class _Fields(nn.Module):
 
     def __init__(self, num_numeric: int, cardinalities: Sequence[int], dim: int, std: float) -> None:
         super().__init__()
+        _check_features(num_numeric, cardinalities)
         if not dim >= 1:
             raise ValueError(f"dim must be >= 1, got {dim!r}")
         self.count = num_numeric + len(cardinalities)
@@ -283,6 +323,8 @@ class _FirstOrder(nn.Module):
 
     def __init__(self, num_numeric: int, cardinalities: Sequence[int], outputs: int) -> None:
         super().__init__()
+        _check_features(num_numeric, cardinalities)
+        _check_outputs(outputs)
         self.table = nn.Embedding(max(1, sum(cardinalities)), outputs)
         self.numeric = nn.Parameter(torch.zeros(num_numeric, outputs))
         self.bias = nn.Parameter(torch.zeros(outputs))
@@ -315,7 +357,18 @@ def _offsets(cardinalities: Sequence[int]) -> Tensor:
     return sizes.cumsum(0) - sizes
 
 
+def _check_features(num_numeric: int, cardinalities: Sequence[int]) -> None:
+    if num_numeric < 0 or num_numeric + len(cardinalities) == 0 or any(c < 1 for c in cardinalities):
+        raise ValueError(f"a model needs features: num_numeric={num_numeric!r}, cardinalities={tuple(cardinalities)}")
+
+
+def _check_outputs(outputs: int) -> None:
+    if not outputs >= 1:
+        raise ValueError(f"outputs must be >= 1, got {outputs!r}")
+
+
 def _perceptron(width: int, hidden: Sequence[int], outputs: int) -> nn.Sequential:
+    _check_outputs(outputs)
     if any(size < 1 for size in hidden):
         raise ValueError(f"hidden must hold widths >= 1, got {tuple(hidden)}")
     widths = [width, *hidden]
