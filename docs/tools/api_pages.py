@@ -63,6 +63,36 @@ AVAILABLE = (
         },
     ),
     Package(
+        "graph-ood",
+        blocks=("baselines", "data", "explain", "nets", "rcc", "training"),
+        summaries={
+            "cal": "Causal attention, the three losses, CAL+ with prototypes and a memory bank",
+            "aia": "Mask networks, adversarial and stable objectives, a measure of covariate shift",
+            "infoigl": "Prototypes, contrast with them and between graphs, the redundancy filter",
+            "asrc": "Adaptive graph, graph auto-encoder, contrast with cluster prototypes, ASRC",
+            "rcc": "Robust continuous clustering, mutual nearest neighbours",
+            "baselines": "ERM, IRM, V-REx, GroupDRO, manifold mixup, DropEdge",
+            "data": "GOOD-Motif, SYN-b, TU data sets, size shift, checks of graphs",
+            "explain": "Masks as explanations, their AUC, pictures",
+            "nets": "Convolutions with edge weights, encoders, heads",
+            "training": "`fit`, cross-validation, checkpoints",
+        },
+    ),
+    Package(
+        "graph-unlearn",
+        blocks=("attacks", "convex", "data", "graph_eraser", "nets", "requests", "training"),
+        summaries={
+            "gif": "Right-hand side, functional reference, `unlearn` for any module",
+            "requests": "What is to go, which nodes it touches, the graph without it",
+            "attacks": "Adversarial edges and the efficacy curve, membership inference",
+            "convex": "The check in weight space against true retraining",
+            "data": "Citation graphs with the published split, generated graphs",
+            "graph_eraser": "Training in shards: balanced partitions, aggregation",
+            "nets": "GCN, SGC, GAT and GIN of the paper",
+            "training": "Full-batch training, retraining",
+        },
+    ),
+    Package(
         "ihvp",
         blocks=("hvp", "operators", "spectrum"),
         summaries={
