@@ -9,7 +9,7 @@ skeletons of the published programs: `ProjectedEncoder` (CAL) and `ConvStack` (A
 from __future__ import annotations
 
 import itertools
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch_geometric.nn import GATConv, global_add_pool, global_mean_pool  # typ
 from torch_geometric.utils import softmax as segment_softmax  # type: ignore[import-untyped]
 
 from graph_ood._checks import check_choice, check_count, check_edges, check_fraction, check_matrix
+from graph_ood._sparse import Routes, edge_routes, propagate, propagate_relu
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,6 +34,7 @@ __all__ = [
     "WeightedGINConv",
     "attention_split",
     "graph_index",
+    "loop_routes",
     "pool",
     "readout_head",
     "weighted_gcn_conv",
@@ -82,17 +84,14 @@ def pool(h: Tensor, index: Tensor, num_graphs: int, how: Pool = "sum") -> Tensor
     return (global_add_pool if how == "sum" else global_mean_pool)(h, index, size=num_graphs)  # type: ignore[no-any-return]
 
 
-def _propagate(x: Tensor, edge_index: Tensor, weight: Tensor | None, *, relu: bool = False) -> Tensor:
-    """Sum w_ij x_i over the edges i -> j at j; `relu` is applied to each message."""
-    source, target = edge_index
-    # index_select and an expanded index take torch's fast paths on CPU; x[source] and index_add do not
-    message = x.index_select(0, source)
-    if weight is not None:
-        message = message * weight.unsqueeze(-1)
-    if relu:
-        message = message.relu()
-    at = target.unsqueeze(-1).expand_as(message)
-    return torch.zeros_like(x).scatter_add(0, at, message)
+def loop_routes(edge_index: Tensor, x: Tensor) -> Routes | None:
+    """`edge_routes` of the edges and one self loop per node, as `weighted_gcn_norm` returns them."""
+    return edge_routes(_with_loops(edge_index, len(x)), x)
+
+
+def _with_loops(edge_index: Tensor, num_nodes: int) -> Tensor:
+    nodes = torch.arange(num_nodes, device=edge_index.device)
+    return torch.cat([edge_index, nodes.expand(2, -1)], 1)
 
 
 def weighted_gcn_norm(edge_index: Tensor, edge_weight: Tensor | None, num_nodes: int, dtype: torch.dtype) -> Normalised:
@@ -125,8 +124,7 @@ def weighted_gcn_norm(edge_index: Tensor, edge_weight: Tensor | None, num_nodes:
     weight = edge_index.new_ones(edge_index.shape[1], dtype=dtype) if edge_weight is None else edge_weight
     # A self loop keeps its place with weight 0: to drop it, its position would have to be known on the host.
     weight = weight * (source != target)
-    nodes = torch.arange(num_nodes, device=edge_index.device)
-    edges = torch.cat([edge_index, nodes.expand(2, -1)], 1)
+    edges = _with_loops(edge_index, num_nodes)
     weight = torch.cat([weight, weight.new_ones(num_nodes)])
     degree = weight.new_zeros(num_nodes).scatter_add(0, edges[0], weight)
     scale = degree.rsqrt()
@@ -168,7 +166,7 @@ def weighted_gcn_conv(
     if edge_weight is not None and edge_weight.device.type == "cpu" and bool((edge_weight < 0).any()):
         raise ValueError(f"edge_weight must be >= 0, got {float(edge_weight.min())}")
     edges, norm = weighted_gcn_norm(edge_index, edge_weight, x.shape[0], x.dtype)
-    out = _propagate(x @ weight, edges, norm)
+    out = propagate(x @ weight, edges, norm, edge_routes(edges, x))
     return out if bias is None else out + bias
 
 
@@ -203,10 +201,12 @@ class WeightedGCNConv(nn.Module):
         edge_weight: Tensor | None = None,
         *,
         normalised: Normalised | None = None,
+        routes: Routes | None = None,
     ) -> Tensor:
-        """Convolve; `normalised` is the result of `weighted_gcn_norm` where several layers share it."""
+        """Convolve; `weighted_gcn_norm` and `loop_routes` may be passed where several layers share them."""
         edges, norm = normalised or weighted_gcn_norm(edge_index, edge_weight, x.shape[0], x.dtype)
-        return _propagate(x @ self.weight, edges, norm) + self.bias
+        h = x @ self.weight
+        return propagate(h, edges, norm, routes or edge_routes(edges, h)) + self.bias
 
 
 def weighted_gin_conv(
@@ -262,7 +262,7 @@ def weighted_gin_conv(
     """
     check_matrix("x", x, lin1_weight.shape[-1])
     check_edges(edge_index, edge_weight)
-    h = (1 + eps) * x + _propagate(x, edge_index, edge_weight, relu=True)
+    h = (1 + eps) * x + propagate_relu(x, edge_index, edge_weight, edge_routes(edge_index, x))
     h = F.batch_norm(F.linear(h, lin1_weight, lin1_bias), bn_mean, bn_var, bn_weight, bn_bias, eps=bn_eps)
     return F.linear(h.relu(), lin2_weight, lin2_bias)
 
@@ -298,8 +298,12 @@ class WeightedGINConv(nn.Module):
             nn.Linear(2 * out_channels, out_channels),
         )
 
-    def forward(self, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None = None) -> Tensor:
-        messages = _propagate(x, edge_index, edge_weight, relu=self.message_relu)
+    def forward(
+        self, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None = None, *, routes: Routes | None = None
+    ) -> Tensor:
+        """Convolve; `edge_routes` may be passed where several layers share them."""
+        total = propagate_relu if self.message_relu else propagate
+        messages = total(x, edge_index, edge_weight, routes or edge_routes(edge_index, x))
         return self.mlp((1 + self.eps) * x + messages)  # type: ignore[no-any-return]
 
 
@@ -488,11 +492,20 @@ class ProjectedEncoder(nn.Module):
     def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
         """Return node embeddings [n, d]."""
         h = self.project(self.input_norm(x)).relu()
-        # the same in every layer
-        shared = {"normalised": weighted_gcn_norm(edge_index, None, len(x), h.dtype)} if self.conv == "gcn" else {}
+        shared = _shared(self.conv, h, edge_index, None)
         for norm, conv in zip(self.norms, self.convs, strict=True):
             h = conv(norm(h), edge_index, **shared).relu()
         return h  # type: ignore[no-any-return]
+
+
+def _shared(conv: str, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None) -> dict[str, Any]:
+    """What all layers of an encoder compute from the edges alone."""
+    if conv == "gat":
+        return {}
+    if conv == "gcn":
+        normalised = weighted_gcn_norm(edge_index, edge_weight, len(x), x.dtype)
+        return {"normalised": normalised, "routes": edge_routes(normalised[0], x)}
+    return {"routes": edge_routes(edge_index, x)}
 
 
 class _CALGINConv(nn.Module):
@@ -504,8 +517,8 @@ class _CALGINConv(nn.Module):
             nn.Linear(hidden, hidden), _batch_norm(hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()
         )
 
-    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
-        return self.mlp(x + _propagate(x, edge_index, None))  # type: ignore[no-any-return]
+    def forward(self, x: Tensor, edge_index: Tensor, *, routes: Routes | None) -> Tensor:
+        return self.mlp(x + propagate(x, edge_index, None, routes))  # type: ignore[no-any-return]
 
 
 class ConvStack(nn.Module):
@@ -555,9 +568,7 @@ class ConvStack(nn.Module):
 
     def forward(self, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None = None) -> Tensor:
         """Return node embeddings [n, d]."""
-        shared = {}
-        if self.conv == "gcn":  # the same in every layer
-            shared["normalised"] = weighted_gcn_norm(edge_index, edge_weight, len(x), x.dtype)
+        shared = _shared(self.conv, x, edge_index, edge_weight)
         last = len(self.convs) - 1
         h = x
         for i, (conv, norm) in enumerate(zip(self.convs, self.norms, strict=True)):

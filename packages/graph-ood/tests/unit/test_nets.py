@@ -8,6 +8,7 @@ from torch_geometric.data import Batch, Data
 from torch_geometric.nn import GINConv
 from torch_geometric.nn.conv.gcn_conv import gcn_norm
 
+from graph_ood._sparse import edge_routes, propagate, propagate_relu
 from graph_ood.nets import (
     ConvStack,
     GraphClassifier,
@@ -166,7 +167,10 @@ def test_batch_norms_of_cal_start_at_one_and_a_small_shift():
     ("call", "message"),
     [
         (lambda: weighted_gcn_conv(torch.ones(4, 2), PATH, torch.ones(5), torch.eye(2), None), "edge_weight"),
-        (lambda: weighted_gcn_conv(torch.ones(4, 2), PATH, -torch.ones(6), torch.eye(2), None), "edge_weight must be >= 0"),
+        (
+            lambda: weighted_gcn_conv(torch.ones(4, 2), PATH, -torch.ones(6), torch.eye(2), None),
+            "edge_weight must be >= 0",
+        ),
         (lambda: weighted_gcn_conv(torch.ones(4, 2), PATH, None, torch.eye(3), None), "weight must have shape"),
         (lambda: weighted_gcn_conv(torch.ones(4, 2), PATH.float(), None, torch.eye(2), None), "edge_index"),
         (lambda: weighted_gcn_conv(torch.ones(4), PATH, None, torch.eye(2), None), "x must have shape"),
@@ -183,3 +187,25 @@ def test_batch_norms_of_cal_start_at_one_and_a_small_shift():
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("sum_messages", [propagate, propagate_relu], ids=lambda f: f.__name__)
+@given(seed=st.integers(0, 100), m=st.integers(0, 20))
+@settings(max_examples=20, deadline=None)
+def test_sparse_products_are_the_sum_of_messages(sum_messages, weighted, seed, m):
+    x, edges, weight = random_graph(5, m, seed)
+    weight = (weight - 0.3) if weighted else None  # negative ones too
+    results = []
+    for routes in (None, edge_routes(edges, x)):
+        inputs = [value.clone().requires_grad_() for value in (x, weight) if value is not None]
+        out = sum_messages(inputs[0], edges, inputs[1] if weighted else None, routes)
+        gradients = torch.autograd.grad((out * x.cos()).sum(), inputs)
+        results.append((out, *gradients))
+    for scattered, sparse in zip(*results, strict=True):
+        torch.testing.assert_close(scattered, sparse)
+    by_hand = torch.zeros_like(x)
+    for k, (i, j) in enumerate(edges.T.tolist()):
+        message = x[i] if weight is None else weight[k] * x[i]
+        by_hand[j] += message.relu() if sum_messages is propagate_relu else message
+    torch.testing.assert_close(results[0][0], by_hand)
