@@ -4,7 +4,7 @@
 `docs/packages/graph-unlearn.md`.
 """
 
-from graph_unlearn import attacks, data, gif, graph_eraser, nets, requests, training
+from graph_unlearn import attacks, convex, data, gif, graph_eraser, nets, requests, training
 from graph_unlearn.attacks import adversarial_edges, efficacy_curve, membership_auc
 from graph_unlearn.data import Neighborhoods, load_graph, synthetic_graph, training_graph
 from graph_unlearn.gif import (
@@ -62,6 +62,7 @@ __all__ = [
     "balanced_assign",
     "balanced_lpa",
     "check_request",
+    "convex",
     "count_layers",
     "data",
     "draw_request",
