@@ -389,8 +389,8 @@ def _architecture(
     return {
         "net": net,
         "encoder": encoder or ("gcn" if net == "cal" else "gin"),
-        "hidden": hidden or (300 if net == "aia" else 128),
-        "layers": layers or (4 if net == "aia" else 3),
+        "hidden": (300 if net == "aia" else 128) if hidden is None else hidden,
+        "layers": (4 if net == "aia" else 3) if layers is None else layers,
     }
 
 

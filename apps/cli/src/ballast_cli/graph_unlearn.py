@@ -151,7 +151,7 @@ def run(
     source: GraphOptions = GraphOptions(),
     net: ModelOptions = ModelOptions(),
     step: StepOptions = StepOptions(),
-    graph: Literal["full", "training"] = "full",
+    graph: Literal["full", "training"] = "training",
     task: Literal["node", "edge", "feature"] = "node",
     ratio: float = 0.05,
     runs: int = 1,
@@ -176,8 +176,8 @@ def run(
         source: The graph.
         net: What to train.
         step: How to unlearn.
-        graph: What is trained on: all edges, or those between training nodes only, as in the paper. Labels are those of
-            training nodes in both.
+        graph: What is trained on: the edges between training nodes, as in the paper, or all edges. Labels are those of
+            training nodes in both; tests are on all edges.
         task: What is deleted.
         ratio: Part of the training nodes (node, feature) or edges (edge) that is deleted.
         runs: How many times, each with the next seed.

@@ -17,6 +17,8 @@ from rich.console import Console
 from ballast_bench.app import app as bench_app
 from ballast_cli import __version__
 from ballast_cli.data import data_app
+from ballast_cli.graph_ood import graph_ood_app
+from ballast_cli.graph_unlearn import graph_unlearn_app
 from ballast_cli.recsys import recsys_app
 
 if TYPE_CHECKING:
@@ -32,6 +34,8 @@ app = App(
     version=__version__,
 )
 app.command(recsys_app)
+app.command(graph_ood_app)
+app.command(graph_unlearn_app)
 app.command(data_app)
 app.command(bench_app)
 

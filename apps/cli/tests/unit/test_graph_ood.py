@@ -210,6 +210,7 @@ TRAIN = ["train", "--method", "erm"]
         ([*TRAIN, *DATA, "--gamma", "1"], "--gamma is an option of aia, not of erm"),
         ([*TRAIN, *DATA, "--strength", "1"], "--strength is an option of irm, vrex.*not of erm"),
         ([*TRAIN, *DATA, "--dropout", "0.5"], "--dropout is not an option of the network of cal"),
+        ([*TRAIN, *DATA, "--hidden", "0"], "hidden must be an integer >= 1, got 0"),
         ([*TRAIN, *DATA, "--epochs", "0"], "epochs must be an integer >= 1, got 0"),
         (["train", "--method", "cal", *DATA, "--dropout", "0.5"], "--dropout is an option of aia"),
         (["train", "--method", "aia", *DATA, "--layers", "1"], "--layers must be at least 2 for aia, got 1"),

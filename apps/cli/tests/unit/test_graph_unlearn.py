@@ -45,7 +45,7 @@ def test_solvers_and_options_reach_the_library(capsys):
     published = summary(capsys, "run", "--solver", "neumann", "--num-iter", "20")
     assert published["damping"] == 0
     assert published["products"] >= 20
-    automatic = summary(capsys, "run", "--damping", "auto", "--hessian", "after", "--graph", "training", "--self-loops")
+    automatic = summary(capsys, "run", "--damping", "auto", "--hessian", "after", "--graph", "full", "--self-loops")
     assert automatic["damping"] not in (0, 10)
     assert summary(capsys, "run", "--damping", "1000")["step_norm"] < automatic["step_norm"]
 

@@ -33,6 +33,7 @@ from torch_geometric.loader import DataLoader  # type: ignore[import-untyped]
 from torch_geometric.transforms import BaseTransform  # type: ignore[import-untyped]
 
 from graph_ood._checks import check_choice, check_count, check_not_negative, check_positive, check_target, upcast
+from graph_ood._sparse import edge_routes, propagate
 from graph_ood.nets import ConvStack, WeightedGINConv, graph_index, pool, weighted_gin_conv
 from graph_ood.training import fit, supervised_step
 
@@ -43,6 +44,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from torch_geometric.data import Batch, Dataset
 
+    from graph_ood._sparse import Routes
     from graph_ood.training import History
 
 __all__ = [
@@ -345,7 +347,7 @@ class MaskNet(nn.Module):
         self.edge = nn.Linear(2 * hidden, 1)
 
     def forward(
-        self, x: Tensor, edge_index: Tensor, batch: Tensor | None = None, *, messages: Tensor | None = None
+        self, x: Tensor, edge_index: Tensor, batch: Tensor | None = None, *, shared: _Shared | None = None
     ) -> Masks:
         """Return the masks.
 
@@ -353,13 +355,17 @@ class MaskNet(nn.Module):
             x: Features `(n, F)`.
             edge_index: Edges `(2, m)`.
             batch: Graph of every node; without influence, since no layer mixes graphs except by batch norm.
-            messages: What `AIA` has already summed over the edges for another network.
+            shared: What `AIA` has already computed on these graphs for another network.
         """
         del batch
-        z = _encode(self.encoder, x, edge_index, messages)
         # w' [z_i || z_j] = left z_i + right z_j: three columns over the nodes in place of one product over the edges
-        left, right = self.edge.weight.chunk(2, 1)
-        score = z @ torch.cat([self.node.weight, left, right]).T
+        columns = torch.cat([self.node.weight, *self.edge.weight.chunk(2, 1)])
+        if isinstance(self.encoder, _GINStack) and not self.encoder.training:
+            weight, bias = self.encoder.affine()
+            z = self.encoder.inner(x, edge_index, None, shared)
+            score = F.linear(z, columns @ weight, columns @ bias)
+        else:
+            score = _encode(self.encoder, x, edge_index, shared) @ columns.T
         at = score.index_select(0, edge_index.flatten()).view(2, -1, 3)
         return Masks(
             (score[:, 0] + self.node.bias).sigmoid(),
@@ -438,10 +444,10 @@ class AIA(nn.Module):
 
     def forward(self, data: Data) -> Tensor:
         """Return the logits `(B, C)` under the stable mask."""
-        messages = self._messages(data)
-        masks = self.stable(data.x, data.edge_index, messages=messages)
-        h = _encode(self.front, data.x, data.edge_index, messages)
-        return self.head(self._embed(data, h, masks))  # type: ignore[no-any-return]
+        shared = self._share(data)
+        masks = self.stable(data.x, data.edge_index, shared=shared)
+        h = _encode(self.front, data.x, data.edge_index, shared)
+        return self.head(self._embed(data, h, masks, shared))  # type: ignore[no-any-return]
 
     def stable_parameters(self) -> list[nn.Parameter]:
         """Return the parameters of the classifier and of the stable network."""
@@ -471,13 +477,13 @@ class AIA(nn.Module):
         self.adversarial.eval()
         for module in self._stable_side():
             module.train()
-        messages = self._messages(data)
-        h = _encode(self.front, data.x, data.edge_index, messages)
-        masks = self.stable(data.x, data.edge_index, messages=messages)
+        shared = self._share(data)
+        h = _encode(self.front, data.x, data.edge_index, shared)
+        masks = self.stable(data.x, data.edge_index, shared=shared)
         with torch.no_grad():
-            attack = self.adversarial(data.x, data.edge_index, messages=messages)
+            attack = self.adversarial(data.x, data.edge_index, shared=shared)
         both = Masks(*(combine_masks(m, a, validate=False) for m, a in zip(masks, attack, strict=True)))
-        logits, augmented = (self.head(self._embed(data, h, m)) for m in (masks, both))
+        logits, augmented = (self.head(self._embed(data, h, m, shared)) for m in (masks, both))
         _check_target(y, logits, self.task, validate=False)
         loss_stable, loss_augmented = _label_loss(logits, y, self.task), _label_loss(augmented, y, self.task)
         reg = self._regularizer(data, masks, self.stable_ratio, self.stable_ratio)
@@ -511,12 +517,12 @@ class AIA(nn.Module):
         for module in self._stable_side():
             module.eval()
         self.adversarial.train()
-        messages = self._messages(data)
-        masks = self.adversarial(data.x, data.edge_index, messages=messages)
+        shared = self._share(data)
+        masks = self.adversarial(data.x, data.edge_index, shared=shared)
         with torch.no_grad():
-            h = _encode(self.front, data.x, data.edge_index, messages)
-            original = self._embed(data, h, None)
-        moved = self._embed(data, h, masks)
+            h = _encode(self.front, data.x, data.edge_index, shared)
+            original = self._embed(data, h, None, shared)
+        moved = self._embed(data, h, masks, shared)
         logits = self.head(moved)
         _check_target(y, logits, self.task, validate=False)
         loss, cost = _label_loss(logits, y, self.task), _transport_cost(moved, original)
@@ -561,19 +567,22 @@ class AIA(nn.Module):
     def _stable_side(self) -> tuple[nn.Module, ...]:
         return self.front, self.back, self.head, self.stable
 
-    def _embed(self, data: Data, h: Tensor, masks: Masks | None) -> Tensor:
+    def _embed(self, data: Data, h: Tensor, masks: Masks | None, shared: _Shared | None = None) -> Tensor:
         """Return the pooled back embeddings (B, d) of front embeddings h."""
         index, num_graphs = graph_index(data)
         weight = None if masks is None else masks.edge
         if masks is not None:
             h = h * masks.node.unsqueeze(-1)
-        if isinstance(self.back, _GINStack) and not self.back.training:
-            return self.back.pooled(h, data.edge_index, weight, index, num_graphs)
-        return pool(self.back(h, data.edge_index, weight), index, num_graphs, "mean")
+        if not isinstance(self.back, _GINStack) or shared is None:
+            return pool(self.back(h, data.edge_index, weight), index, num_graphs, "mean")
+        shared = shared._replace(messages=None)
+        if self.back.training:
+            return pool(self.back(h, data.edge_index, weight, shared=shared), index, num_graphs, "mean")
+        inner = self.back.inner(h, data.edge_index, weight, shared)
+        return F.linear(pool(inner, index, num_graphs, "mean"), *self.back.affine())
 
-    def _messages(self, data: Data) -> Tensor | None:
-        """What the first layers of all networks sum over the edges."""
-        return _sum_messages(data.x, data.edge_index, None) if isinstance(self.front, _GINStack) else None
+    def _share(self, data: Data) -> _Shared | None:
+        return _GINStack.share(data.x, data.edge_index) if isinstance(self.front, _GINStack) else None
 
     def _regularizer(self, data: Data, masks: Masks, node_ratio: float, edge_ratio: float) -> Tensor:
         """Nodes plus edges; an edge belongs to the graph of its source."""
@@ -583,53 +592,74 @@ class AIA(nn.Module):
         return node + mask_regularizer(masks.edge, of_edge, num_graphs=num_graphs, ratio=edge_ratio, validate=False)
 
 
+class _Shared(NamedTuple):
+    """What all GIN encoders of a step compute alike: the order of the edges, and the sums of the first layer over them."""
+
+    routes: Routes | None
+    messages: Tensor | None
+
+
 class _GINStack(ConvStack):
-    """`ConvStack` of "weighted_gin" for edge weights in [0, 1], without the work that AIA would do twice."""
+    """`ConvStack` of "weighted_gin" for edge weights in [0, 1], without work that the steps of AIA would do twice."""
 
     def __init__(self, in_channels: int, hidden: int, num_layers: int, dropout: float) -> None:
         super().__init__(in_channels, hidden, num_layers, "weighted_gin", dropout)
 
+    @staticmethod
+    def share(x: Tensor, edge_index: Tensor) -> _Shared:
+        """Return what several encoders of the same graphs can share."""
+        routes = edge_routes(edge_index, x)
+        return _Shared(routes, propagate(x.relu(), edge_index, None, routes))
+
     def forward(
-        self, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None = None, *, messages: Tensor | None = None
+        self, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None = None, *, shared: _Shared | None = None
     ) -> Tensor:
-        """Return node embeddings; `messages` are those of the first layer."""
-        last = len(self.convs) - 1
-        h = x
-        for i, (conv, norm) in enumerate(self._layers()):
-            if i > 0 or messages is None:
-                messages = _sum_messages(h, edge_index, edge_weight)
-            h = norm(conv.mlp((1 + conv.eps) * h + messages))
-            if i < last:
-                h = h.relu()
-            if last > 0:
-                h = F.dropout(h, self.dropout, self.training)
-        return h
+        """Return node embeddings."""
+        h = self.inner(x, edge_index, edge_weight, shared)
+        conv, norm = self._layers()[-1]
+        h = norm(conv.mlp[-1](h))
+        return h if len(self.convs) == 1 else F.dropout(h, self.dropout, self.training)
 
-    def pooled(
-        self, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None, index: Tensor, num_graphs: int
-    ) -> Tensor:
-        """Return the mean embedding of each graph in evaluation mode.
+    def inner(self, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None, shared: _Shared | None) -> Tensor:
+        """Return what the last layer's MLP holds after its ReLU, `(n, 2d)`.
 
-        After the ReLU inside the last layer everything is affine, so the nodes are averaged there already and the rest is
-        computed for graphs. A graph without nodes would get the constant, but there is none.
+        In evaluation mode all that follows is affine, so it can wait until nodes are averaged, or be merged with the next
+        linear layer.
         """
-        *before, (conv, norm) = self._layers()
+        routes, messages = (edge_routes(edge_index, x), None) if shared is None else shared
+        *before, (last, _) = self._layers()
         h = x
-        for early, early_norm in before:
-            h = early_norm(early.mlp((1 + early.eps) * h + _sum_messages(h, edge_index, edge_weight))).relu()
-        h = conv.mlp[:-1]((1 + conv.eps) * h + _sum_messages(h, edge_index, edge_weight))
-        return norm(conv.mlp[-1](pool(h, index, num_graphs, "mean")))  # type: ignore[no-any-return]
+        for conv, norm in before:
+            h = norm(conv.mlp[-1](_inner(conv, h, edge_index, edge_weight, routes, messages))).relu_()
+            h, messages = F.dropout(h, self.dropout, self.training), None
+        return _inner(last, h, edge_index, edge_weight, routes, messages)
 
-    def _layers(self) -> list[tuple[WeightedGINConv, nn.Module]]:
+    def affine(self) -> tuple[Tensor, Tensor]:
+        """Return weight `(d, 2d)` and bias `(d,)` of what follows `inner`."""
+        conv, norm = self._layers()[-1]
+        linear: nn.Linear = conv.mlp[-1]  # type: ignore[assignment]
+        mean, variance = norm.running_mean, norm.running_var
+        assert mean is not None and variance is not None  # noqa: S101, PT018  # for the type checker
+        scale = norm.weight * (variance + norm.eps).rsqrt()
+        return linear.weight * scale.unsqueeze(-1), (linear.bias - mean) * scale + norm.bias
+
+    def _layers(self) -> list[tuple[WeightedGINConv, nn.BatchNorm1d]]:
         return list(zip(self.convs, self.norms, strict=True))  # type: ignore[arg-type]
 
 
-def _sum_messages(x: Tensor, edge_index: Tensor, edge_weight: Tensor | None) -> Tensor:
-    """Sum relu(w_ij x_i) over the edges i -> j at j, for weights >= 0: the ReLU acts on nodes, which are fewer."""
-    message = x.relu().index_select(0, edge_index[0])
-    if edge_weight is not None:
-        message = message * edge_weight.unsqueeze(-1)
-    return torch.zeros_like(x).scatter_add(0, edge_index[1].unsqueeze(-1).expand_as(message), message)
+def _inner(
+    conv: WeightedGINConv,
+    h: Tensor,
+    edge_index: Tensor,
+    edge_weight: Tensor | None,
+    routes: Routes | None,
+    messages: Tensor | None,
+) -> Tensor:
+    """A GIN layer up to the ReLU of its MLP; for weights >= 0 the ReLU on messages acts on nodes, which are fewer."""
+    if messages is None:
+        messages = propagate(h.relu(), edge_index, edge_weight, routes)
+    linear, norm, _relu, _last = conv.mlp
+    return norm(linear((1 + conv.eps) * h + messages)).relu_()  # type: ignore[no-any-return]
 
 
 def _stack(in_channels: int, hidden: int, num_layers: int, encoder: Encoder, dropout: float) -> ConvStack:
@@ -639,10 +669,10 @@ def _stack(in_channels: int, hidden: int, num_layers: int, encoder: Encoder, dro
     return ConvStack(in_channels, hidden, num_layers, encoder, dropout)
 
 
-def _encode(stack: ConvStack, x: Tensor, edge_index: Tensor, messages: Tensor | None) -> Tensor:
-    if messages is None:
+def _encode(stack: ConvStack, x: Tensor, edge_index: Tensor, shared: _Shared | None) -> Tensor:
+    if shared is None:
         return stack(x, edge_index)  # type: ignore[no-any-return]
-    return stack(x, edge_index, messages=messages)  # type: ignore[no-any-return]
+    return stack(x, edge_index, shared=shared)  # type: ignore[no-any-return]
 
 
 @contextmanager
@@ -883,7 +913,8 @@ class DomainEncoder(nn.Module):
         """Return the embeddings of a set of graphs, shape `(N, d)` on the CPU, in evaluation mode."""
         device = self.head.weight.device
         with _evaluating(self):
-            loader = DataLoader(graphs, batch_size=batch_size)
+            # the iterator draws a number, which shall not be one of the global state
+            loader = DataLoader(graphs, batch_size=batch_size, generator=torch.Generator())
             return torch.cat([self.embed(batch.to(device)).cpu() for batch in loader])
 
 

@@ -439,7 +439,7 @@ class CALPlus(CAL):
 
     $$\mathcal L=\mathcal L_{\text{CAL}}+\rho_1\,\ell_{\text{pro}}$$
 
-    with `prototype_loss`. The trivial part next to a causal one is drawn from the batch and from a memory of the last
+    with `prototype_loss` between unit vectors. The trivial part next to a causal one is drawn from the batch and from a memory of the last
     `num_batches` batches; what is remembered is constant. Prototypes and memory are buffers: they are saved with the model
     and restored with it. Only training with `training_loss` changes them.
 
@@ -512,7 +512,8 @@ class CALPlus(CAL):
         if self.training:
             self.prototypes, self.seen = update_prototypes(h_causal, data.y, self.prototypes, self.seen, tau=self.tau)
             self._remember(h_trivial.detach())
-        pro = prototype_loss(h_causal, data.y, self.prototypes, self.seen)
+        # sums over nodes have products in the hundreds: the loss would be all there is
+        pro = prototype_loss(F.normalize(h_causal), data.y, F.normalize(self.prototypes), self.seen)
         return {**parts, "loss": parts["loss"] + self.rho1 * pro, "loss_pro": pro}
 
     def _mixed(self, h_causal: Tensor, h_trivial: Tensor) -> Tensor:
@@ -702,7 +703,7 @@ class _Branch(nn.Module):
 
     def forward(self, h: Tensor, edge_index: Tensor, node: Tensor, edge: Tensor, routes: Routes | None) -> Tensor:
         h = self.norm(node[:, None] * h)
-        return self.conv(h, edge_index, edge, routes=routes).relu()  # type: ignore[no-any-return]
+        return self.conv(h, edge_index, edge, routes=routes).relu_()  # type: ignore[no-any-return]
 
 
 # --- checks and small parts ---------------------------------------------------------------------------------------------

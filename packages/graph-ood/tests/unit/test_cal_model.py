@@ -8,7 +8,7 @@ from torch import nn
 from torch_geometric.data import Batch, Data
 from torch_geometric.loader import DataLoader
 
-import graph_ood.cal as cal_module
+from graph_ood import nets
 from graph_ood.cal import CAL, CALPlus, cross_validate_tu, train_cal
 
 F64 = torch.float64
@@ -86,7 +86,7 @@ def test_sparse_products_are_the_plain_convolutions(name, monkeypatch):
     results = []
     for plain in (False, True):
         if plain:
-            monkeypatch.setattr(cal_module, "_routes", lambda *_: None)
+            monkeypatch.setattr(nets, "edge_routes", lambda *_: None)
         model = make(shuffle=False).double()
         parts = model.training_loss(data)
         parts["loss"].backward()

@@ -48,7 +48,14 @@ __all__ = [
 Attack = Literal["l2", "loss"]
 ATTACKS: tuple[Attack, ...] = ("l2", "loss")
 RETRAIN_SEED = 10_000
-_PUBLISHED = {"solver": "neumann", "damping": 0.0, "scale": 500.0, "num_iter": 100}
+_PUBLISHED = {
+    "solver": "neumann",
+    "damping": 0.0,
+    "scale": 500.0,
+    "num_iter": 100,
+    "on_negative_curvature": "warn",
+    "max_loss_rise": None,
+}
 
 UPDATES: dict[str, dict[str, Any]] = {
     "if": {"method": "if", **_PUBLISHED},
@@ -56,7 +63,7 @@ UPDATES: dict[str, dict[str, Any]] = {
     "gif_cg": {"method": "gif", "solver": "cg", "damping": 10.0},
 }
 """Updates that are compared by default, with their arguments of `unlearn`: the classical influence function and GIF with the
-published recursion, and GIF with conjugate gradients."""
+published recursion, applied unseen, and GIF with conjugate gradients."""
 
 
 def adversarial_edges(data: Data, train_mask: Tensor, ratio: float, generator: torch.Generator | None = None) -> Tensor:

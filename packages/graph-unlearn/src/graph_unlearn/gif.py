@@ -440,7 +440,7 @@ def unlearn(
         on_negative_curvature: `"raise"`, `"increase"` to double the damping, to at least `auto_damping`, until there is none,
             or `"warn"` to apply what the solver gave, as published programs do.
         max_loss_rise: Largest accepted rise of the mean retained loss, >= 0, in nats; None applies the step unseen.
-        retained_sample: Nodes of that sample at most, >= 1, drawn once.
+        retained_sample: Nodes of that sample at most, >= 1, drawn once; with `batch_size` a run of ids.
         batch_size: Work through the graph in exact neighbourhoods of so many nodes at a time instead of at once, >= 1: the
             same result in bounded memory, as long as neighbourhoods are small. With `"lissa"` and `"sgd"` it is the size
             of their random batches.
@@ -781,8 +781,13 @@ class _Backtracking:
     ) -> None:
         self.problem, self.after, self.max_loss_rise = problem, after, max_loss_rise
         nodes = after.train_mask.nonzero().flatten()
-        order = torch.randperm(len(nodes), generator=torch.Generator().manual_seed(seed))
-        self.nodes = nodes[order[:retained_sample].sort().values.to(nodes.device)]
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(nodes), generator=generator)[:retained_sample]
+        if problem.batch_size is not None and len(nodes) > retained_sample:
+            # Neighbours in the order of ids, as the batches of the Hessian: scattered nodes would touch the whole graph.
+            start = int(torch.randint(len(nodes) - retained_sample + 1, (), generator=generator))
+            order = torch.arange(start, start + retained_sample)
+        self.nodes = nodes[order.sort().values.to(nodes.device)]
 
     def run(self, x: dict[str, Tensor]) -> _Step:
         if self.max_loss_rise is None or len(self.nodes) == 0:

@@ -671,9 +671,9 @@ class GraphEraser:
 
 
 def _rows(x: Tensor, nodes: Tensor) -> Tensor:
-    """Return some rows of a sparse matrix, dense: a shard is small."""
+    """Return some rows of a sparse matrix in COO form: rows of CSR can't be picked."""
     entries: Tensor = x.to_sparse_coo()  # type: ignore[no-untyped-call]
-    return entries.index_select(0, nodes).to_dense()
+    return entries.index_select(0, nodes).coalesce()
 
 
 def _check_partition(num_nodes: int, num_shards: int, cap: int) -> None:

@@ -316,7 +316,13 @@ def remove_nodes(edge_index: Tensor, nodes: Tensor) -> Tensor:
     """
     check_integers("edge_index", edge_index, 2)
     check_integers("nodes", nodes, 1)
-    return edge_index[:, ~torch.isin(edge_index, nodes.to(edge_index)).any(0)]
+    if edge_index.numel() == 0 or nodes.numel() == 0:
+        return edge_index.clone()
+    gone = torch.zeros(
+        int(torch.maximum(edge_index.max(), nodes.max())) + 1, dtype=torch.bool, device=edge_index.device
+    )
+    gone[nodes.to(edge_index.device).long()] = True
+    return edge_index[:, ~(gone[edge_index[0]] | gone[edge_index[1]])]
 
 
 def check_request(request: Request, data: Data, *, directed: bool = False) -> None:

@@ -70,7 +70,7 @@ def quick() -> tuple[Case, ...]:
             "if-dfm-quick",
             {"per_day": 800, "num_categorical": 4, "cardinality": 30},
             methods,
-            seeds=(0, 1, 2),
+            seeds=(0, 1),
             expected=2,
             budget=120,
             note="800 clicks a day with four categorical features; otherwise as on the full case.",
