@@ -618,7 +618,7 @@ class _GINStack(ConvStack):
         h = self.inner(x, edge_index, edge_weight, shared)
         conv, norm = self._layers()[-1]
         h = norm(conv.mlp[-1](h))
-        return h if len(self.convs) == 1 else F.dropout(h, self.dropout, self.training)
+        return h if len(self.convs) == 1 else F.dropout(h, self.dropout, self.training, inplace=True)
 
     def inner(self, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None, shared: _Shared | None) -> Tensor:
         """Return what the last layer's MLP holds after its ReLU, `(n, 2d)`.
@@ -659,7 +659,7 @@ def _inner(
     if messages is None:
         messages = propagate(h.relu(), edge_index, edge_weight, routes)
     linear, norm, _relu, _last = conv.mlp
-    return norm(linear((1 + conv.eps) * h + messages)).relu_()  # type: ignore[no-any-return]
+    return norm(linear(torch.addcmul(messages, h, 1 + conv.eps))).relu_()  # type: ignore[no-any-return]
 
 
 def _stack(in_channels: int, hidden: int, num_layers: int, encoder: Encoder, dropout: float) -> ConvStack:

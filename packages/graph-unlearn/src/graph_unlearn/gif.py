@@ -444,7 +444,8 @@ def unlearn(
         batch_size: Work through the graph in exact neighbourhoods of so many nodes at a time instead of at once, >= 1: the
             same result in bounded memory, as long as neighbourhoods are small. With `"lissa"` and `"sgd"` it is the size
             of their random batches.
-        fanout: Edges per node and layer in these neighbourhoods; None keeps all. Bounded in any graph, but an estimate.
+        fanout: Edges per node and layer in the neighbourhoods of $H$; None keeps all. Bounded in any graph, but an estimate.
+            b stays exact: a difference of two samples would be noise.
         loader: Batches for $H$ as PyG's NeighborLoader yields them (`x`, `edge_index`, `y`, `batch_size`; the first nodes
             are the seeds), of the graph that `hessian` names, over its training nodes. Every pass must yield the same:
             torch's generator is seeded before each.
@@ -565,7 +566,7 @@ class _Problem:
         self.model, self.forward, self.loss = model, forward, loss
         self.num_layers, self.batch_size, self.fanout, self.seed = num_layers, batch_size, fanout, seed
         self.params = ihvp.module_loss(model, _nothing)[1]
-        self.cut: dict[int, Neighborhoods] = {}
+        self.cut: dict[tuple[int, int | None], Neighborhoods] = {}
         self.log_probs: bool | None = None
 
     def gradient(self, data: Data, mask: Tensor) -> dict[str, Tensor]:
@@ -601,7 +602,7 @@ class _Problem:
             return ihvp.make_hvp(loss_fn, self.params, l2=l2)
 
         def loss(model: nn.Module, ids: Tensor) -> Tensor:
-            return self.part_loss(model, self.neighborhoods(data).batch(ids))
+            return self.part_loss(model, self.neighborhoods(data, self.fanout).batch(ids))
 
         if stochastic:
             generator = torch.Generator().manual_seed(self.seed)
@@ -651,10 +652,11 @@ class _Problem:
         """The parameters that take part, as the present call holds them."""
         return {name: p for name, p in model.named_parameters() if name in self.params}
 
-    def neighborhoods(self, data: Data) -> Neighborhoods:
-        if id(data) not in self.cut:
-            self.cut[id(data)] = Neighborhoods(data, self.num_layers, fanout=self.fanout, seed=self.seed)
-        return self.cut[id(data)]
+    def neighborhoods(self, data: Data, fanout: int | None = None) -> Neighborhoods:
+        key = (id(data), fanout)
+        if key not in self.cut:
+            self.cut[key] = Neighborhoods(data, self.num_layers, fanout=fanout, seed=self.seed)
+        return self.cut[key]
 
 
 @dataclass(frozen=True)

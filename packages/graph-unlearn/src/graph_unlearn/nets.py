@@ -12,9 +12,11 @@ Function*, WWW 2023, arXiv:2304.02835, section 4.1 (sizes from the authors' code
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections import OrderedDict
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,10 +34,16 @@ if TYPE_CHECKING:
 __all__ = ["GAT", "GCN", "GIN", "MODELS", "SGC", "build_model", "propagate", "two_layer_logits"]
 
 _KEPT = 4
+# What is kept must not belong to a transform of torch.func that happens to be running.
+_PLAIN: Any = getattr(torch._C, "_DisableFuncTorch", contextlib.nullcontext)
 
 
-class _Pair(NamedTuple):
-    """A sparse matrix in CSR form, its transpose, and where the values of the transpose come from."""
+@dataclass(frozen=True)
+class _Pair:
+    """A sparse matrix in CSR form, its transpose, and where the values of the transpose come from.
+
+    No tuple: transforms of torch.func would look for tensors inside, and they can't hold sparse ones.
+    """
 
     matrix: Tensor
     transposed: Tensor
@@ -44,29 +52,32 @@ class _Pair(NamedTuple):
     def with_values(self, values: Tensor) -> _Pair:
         return _Pair(_with_values(self.matrix, values), _with_values(self.transposed, values[self.order]), self.order)
 
+    def flipped(self) -> _Pair:
+        return _Pair(self.transposed, self.matrix, self.order)
+
 
 class _Product(torch.autograd.Function):
     """Constant sparse matrix times dense matrix, differentiable in the second any number of times, in both modes."""
 
     @staticmethod
-    def forward(matrix: Tensor, transposed: Tensor, h: Tensor) -> Tensor:
-        return matrix @ h
+    def forward(pair: _Pair, h: Tensor) -> Tensor:
+        return pair.matrix @ h
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: Tensor) -> None:
-        ctx.matrix, ctx.transposed, _ = inputs
+    def setup_context(ctx: Any, inputs: tuple[_Pair, Tensor], output: Tensor) -> None:
+        ctx.pair = inputs[0]
 
     @staticmethod
-    def backward(ctx: Any, *grad: Tensor) -> tuple[None, None, Tensor]:
-        return None, None, _product(ctx.transposed, ctx.matrix, grad[0])
+    def backward(ctx: Any, *grad: Tensor) -> tuple[None, Tensor]:
+        return None, _product(ctx.pair.flipped(), grad[0])
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
-        return _product(ctx.matrix, ctx.transposed, tangents[2])
+        return _product(ctx.pair, tangents[1])
 
 
-def _product(matrix: Tensor, transposed: Tensor, h: Tensor) -> Tensor:
-    out: Tensor = _Product.apply(matrix, transposed, h.contiguous())
+def _product(pair: _Pair, h: Tensor) -> Tensor:
+    out: Tensor = _Product.apply(pair, h.contiguous())
     return out
 
 
@@ -82,7 +93,8 @@ class _Recent:
             return build()
         full = (part.data_ptr(), part._version, tuple(part.shape), part.stride(), part.device, *key)
         if full not in self.entries:
-            self.entries[full] = (tensor.detach(), build())
+            with _PLAIN():
+                self.entries[full] = (tensor.detach(), build())
             while len(self.entries) > _KEPT:
                 self.entries.popitem(last=False)
         self.entries.move_to_end(full)
@@ -124,7 +136,7 @@ def propagate(
         return _pair(index[1], index[0], weight, (num_nodes, num_nodes))
 
     pair = _GRAPHS.get(edge_index, (num_nodes, h.dtype, self_loops, norm), build)
-    return _product(pair.matrix, pair.transposed, h)
+    return _product(pair, h)
 
 
 def two_layer_logits(
@@ -388,7 +400,7 @@ def _times(x: Tensor, weight: Tensor) -> Tensor:
     if x.layout == torch.strided:
         return x @ weight
     pair = _sparse_pair(x)
-    return _product(pair.matrix, pair.transposed, weight)
+    return _product(pair, weight)
 
 
 def _dropout(x: Tensor, p: float, training: bool) -> Tensor:

@@ -28,7 +28,8 @@ NONE = torch.zeros(0, dtype=torch.long)
 
 def _graph(**fields):
     masks = {"train_mask": torch.tensor([True, True, True, False, True]), "test_mask": torch.arange(5) == 3}
-    return Data(x=torch.ones(5, 3), edge_index=PATH, y=torch.zeros(5, dtype=torch.long), **{**masks, **fields})
+    plain = {"x": torch.ones(5, 3), "edge_index": PATH, "y": torch.zeros(5, dtype=torch.long)}
+    return Data(**{**plain, **masks, **fields})
 
 
 graphs = st.integers(2, 12).flatmap(
