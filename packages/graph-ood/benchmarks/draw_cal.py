@@ -2,7 +2,7 @@
 
     python packages/graph-ood/benchmarks/draw_cal.py --output docs/assets/images/cal_split.svg
 
-Trains a small CAL on SYN-b (about 20 seconds on one core) and draws what lies within two edges of the motif of test graphs:
+Trains a small CAL on SYN-b (about 20 seconds on one core) and draws what lies within three edges of the motif of test graphs:
 whole ones have about 240 nodes. Prints one JSON object.
 """
 
@@ -44,7 +44,7 @@ def main() -> None:
     options.add_argument("--epochs", type=int, default=20)
     options.add_argument("--hidden", type=int, default=32)
     options.add_argument("--base", type=int, default=0, choices=(0, 1), help="0: trees, 1: Barabási-Albert graphs")
-    options.add_argument("--hops", type=int, default=2, help="edges between the motif and what is drawn (default: 2)")
+    options.add_argument("--hops", type=int, default=3, help="edges between the motif and what is drawn (default: 3)")
     options.add_argument("--seed", type=int, default=0)
     args = options.parse_args()
     torch.set_num_threads(1)

@@ -109,8 +109,8 @@ class StepOptions:
 
     method: Literal["gif", "if"] = "gif"
     "GIF, or the classical influence function without the neighbours."
-    solver: Literal["cg", "neumann", "lanczos", "direct"] = "cg"
-    "Conjugate gradients, the published recursion, or others of ihvp."
+    solver: Literal["cg", "neumann", "lanczos"] = "cg"
+    "Conjugate gradients, the published recursion, or Lanczos."
     damping: Literal["auto"] | float | None = None
     "Added to the Hessian: a number >= 0, or `auto`; 10 by default, 0 for neumann."
     hessian: Literal["before", "after"] = "before"
@@ -123,8 +123,8 @@ class StepOptions:
     "Steps of neumann."
     rtol: float = 1e-4
     "Relative residual at which cg stops."
-    on_negative_curvature: Literal["raise", "increase"] = "raise"
-    "What negative curvature does: the run is recorded as refused, or the damping is raised."
+    on_negative_curvature: Literal["raise", "increase", "warn"] = "raise"
+    "What negative curvature does: the run is recorded as refused, the damping is raised, or the step is applied all the same."
     max_loss_rise: float = 0.1
     "The step is halved while the retained loss rises by more, in nats; `inf` applies it unseen."
 

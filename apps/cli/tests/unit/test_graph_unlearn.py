@@ -85,7 +85,8 @@ def test_mia(capsys):
 
 @pytest.mark.parametrize("command", ["run", "efficacy", "mia"])
 def test_an_interrupted_command_continues(tmp_path, capsys, monkeypatch, command):
-    words = (command, "--runs", "3", *(("--updates", "gif_cg") if command != "run" else ()))
+    more = {"run": (), "mia": ("--updates", "gif_cg"), "efficacy": ("--updates", "gif_cg", "--ratios", "0.5")}
+    words = (command, "--runs", "3", *more[command])
     whole = summary(capsys, *words)
     out = str(tmp_path / "cut.json")
 

@@ -747,7 +747,7 @@ class AIATrainer:
         self.gamma, self.cau_reg, self.adv_reg = gamma, cau_reg, adv_reg
         self.epochs, self.scheduler, self.warmup_select, self.seed = epochs, scheduler, warmup_select, seed
         self.stable_optimizer, self.adversarial_optimizer = (
-            torch.optim.Adam(parameters, rate, weight_decay=weight_decay)
+            torch.optim.Adam(parameters, rate, weight_decay=weight_decay, fused=True)
             for parameters, rate in ((model.stable_parameters(), lr), (model.adversarial_parameters(), adv_lr))
         )
 

@@ -132,7 +132,8 @@ class RCC(ClusterMixin, BaseEstimator):  # type: ignore[misc]
     representatives are closer than `threshold` times the mean of the shortest percent of all edges.
 
     Several constants of the method are absolute lengths: scale features to about [0, 1] before (`x / x.max()`). On fewer
-    than a hundred points the shortest percent is one edge and the result has too many clusters.
+    than a hundred points the shortest percent is one edge and the result has too many clusters. Points spread evenly over
+    one or two dimensions have very short edges among them, with the same result.
 
     Args:
         k: Neighbours in the graph, in [1, n - 1].
@@ -140,8 +141,8 @@ class RCC(ClusterMixin, BaseEstimator):  # type: ignore[misc]
         threshold: Factor of the length below which representatives are joined, > 0.
         max_iter: Largest number of rounds, >= 1.
         inner_iter: Rounds before the scale shrinks, >= 1.
-        solver: `"cg"`, conjugate gradients on all columns at once from the previous solution, or `"lu"`, a sparse
-            factorisation.
+        solver: `"lu"`, a sparse factorisation, the faster one up to 1e4 points at least, or `"cg"`, conjugate gradients
+            on all columns at once from the previous solution, which needs no more memory than the graph.
 
     Attributes:
         labels_: Cluster of every point (n,), 0 to `num_clusters_` - 1 in the order of first appearance.
@@ -157,8 +158,8 @@ class RCC(ClusterMixin, BaseEstimator):  # type: ignore[misc]
     Examples:
         >>> import torch
         >>> g = torch.Generator().manual_seed(0)
-        >>> centre = torch.tensor([[0.0, 0.0], [4.0, 0.0], [0.0, 4.0]]).repeat_interleave(100, 0)
-        >>> RCC().fit(centre + 0.2 * torch.randn(300, 2, generator=g)).num_clusters_
+        >>> x = torch.eye(3, 16).repeat_interleave(100, 0) + 0.1 * torch.randn(300, 16, generator=g)
+        >>> RCC().fit(x).num_clusters_
         3
     """
 

@@ -759,7 +759,7 @@ class _Solver:
         if result.negative_curvature:
             text = f"the solution has negative curvature at damping {used:g} and is applied all the same"
             warnings.warn(text, DampingWarning, stacklevel=4)
-        if not result.converged:
+        elif not result.converged:
             text = (
                 f"{self.solver} stopped after {result.num_iter} steps at a relative residual of "
                 f"{result.relative_residual:.2e} (undamped {result.undamped_relative_residual:.2e})"

@@ -330,9 +330,7 @@ def test_negative_curvature_is_refused_raised_or_said():
     auto = unlearn(model, data, request, **options, damping="auto")
     assert auto.damping == pytest.approx(12.0, rel=1e-3)  # twice the curvature of -6
     with pytest.warns(DampingWarning, match="applied all the same"):
-        applied = unlearn(
-            model, data, request, **options, damping=0.0, on_negative_curvature="warn", max_loss_rise=None
-        )
+        applied = unlearn(model, data, request, **options, damping=0.0, on_negative_curvature="warn")
     assert applied.solve.negative_curvature
     assert _same(model, before)
 
