@@ -57,7 +57,7 @@ def test_an_interrupted_run_goes_on_with_both_optimizers(tmp_path) -> None:  # t
     splits = load_good_motif(None, "base", "covariate", num_data=300)
     loader, val = DataLoader(splits["train"], 32, shuffle=True), DataLoader(splits["val"], 256)
 
-    class Stop(Exception):  # noqa: N818
+    class Stop(Exception):
         pass
 
     def stop(record: dict[str, float]) -> None:
