@@ -66,7 +66,14 @@ def test_the_suites_cover_what_they_promise():
     files = {dataset.name for dataset in DATASETS} - {"synthetic"} | {"MUTAG"}
     assert not files & {case.dataset for case in quick}
     methods = {"adnce", "sgl", "gcm", "dsl", "raremed", "mcrl", "if_dfm"}
-    graphs = {"graph_unlearn", "graph_ood_cal", "graph_ood_aia", "graph_ood_infoigl", "graph_ood_asrc", "graph_ood_motif"}
+    graphs = {
+        "graph_unlearn",
+        "graph_ood_cal",
+        "graph_ood_aia",
+        "graph_ood_infoigl",
+        "graph_ood_asrc",
+        "graph_ood_motif",
+    }
     for suite in (quick, cpu):
         runs = {case.run.partition(":")[0].rpartition(".")[2].removeprefix("recsys_") for case in suite}
         assert methods | graphs | {"losses", "ihvp"} <= runs
