@@ -36,7 +36,15 @@ from graph_ood._checks import (
     check_not_negative,
     check_positive,
 )
-from graph_ood.rcc import METRICS, RCC, as_points, check_neighbors, clustering_scores, mutual_knn_graph
+from graph_ood.rcc import (
+    METRICS,
+    RCC,
+    as_points,
+    check_neighbors,
+    clustering_scores,
+    identical_pairs,
+    mutual_knn_graph,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -71,7 +79,7 @@ class CanGraph(NamedTuple):
     r"""A graph of adaptive neighbours; all parts are (n, n).
 
     Attributes:
-        prob: Weights $p_{ij}$; rows sum to 1.
+        prob: Weights $p_{ij}$; rows sum to 1 (more among many identical points).
         adjacency: $A=(P+P^\top)/2$.
         normalized_adjacency: $S=D^{-1/2}AD^{-1/2}$.
         distance: Squared distances.
@@ -90,7 +98,8 @@ def can_graph(x: Tensor, num_neighbors: int) -> CanGraph:
     d_i^{(0)}=0\le d_i^{(1)}\le\dots\text{ the sorted squared distances}$$
 
     The point itself is one of the k. It is the minimiser of $\sum_jp_{ij}d_{ij}+\gamma_ip_{ij}^2$ on the simplex with k
-    non-zeros. Points at equal distance 0 share the weight equally. Source: AdaGAE, equation 8, with the program's 1e-10.
+    non-zeros. Where more than k distances are equal to the smallest, each gets 1 / k, and the row sums to more than 1.
+    Source: AdaGAE, equation 8, with the program's 1e-10 added to $d_i^{(k)}$.
 
     Args:
         x: Points (n, D), floating.
@@ -128,10 +137,9 @@ def _squared_distances(x: Tensor) -> Tensor:
 
 
 def _can_weights(distance: Tensor, k: int) -> Tensor:
-    nearest, index = distance.topk(k + 1, dim=1, largest=False)
+    nearest = distance.topk(k + 1, dim=1, largest=False).values
     top = nearest[:, k:] + _TINY
-    weight = (top - nearest) / (k * top - nearest[:, :k].sum(1, keepdim=True))
-    return torch.zeros_like(distance).scatter_(1, index, weight.clamp_min_(0))
+    return (top - distance).clamp_min_(0).div_(k * top - nearest[:, :k].sum(1, keepdim=True))
 
 
 def _normalized(adjacency: Tensor) -> Tensor:
@@ -450,16 +458,16 @@ class ASRC(ClusterMixin, BaseEstimator):  # type: ignore[misc]
         self._check_parameters(len(points))
         self.n_features_in_ = points.shape[1]
         points = points / (np.abs(points).max() or 1.0)
-        edges = mutual_knn_graph(points, self.k, self.metric).numpy()
+        graph = _Links(mutual_knn_graph(points, self.k, self.metric).numpy(), identical_pairs(points), self.min_size)
         run = _Training(self, points)
-        partition = _partition(_principal(points), edges, (_SHARE,), self.min_size)
+        partition = _partition(_principal(points), graph, (_SHARE,))
         self.history_ = []
         for epoch in range(self.epochs):
             start = time.perf_counter()
             losses = run.epoch(partition.labels)
             shares = _FINAL_SHARES if epoch == self.epochs - 1 else (_SHARE,)
             neighbors = run.num_neighbors
-            partition = _partition(run.embedding.cpu().numpy().astype(np.float64), edges, shares, self.min_size)
+            partition = _partition(run.embedding.cpu().numpy().astype(np.float64), graph, shares)
             if epoch < self.epochs - 1:
                 run.update_graph(self._most_neighbors(len(points), partition.num_clusters))
             record = {
@@ -591,14 +599,25 @@ class _Partition:
         return int(self.labels.max()) + 1
 
 
-def _partition(z: Array, edges: IntArray, shares: tuple[float, ...], min_size: int) -> _Partition:
+@dataclass(frozen=True)
+class _Links:
+    """Who may be joined (edges), who must be (identical points), and how small a piece may stay."""
+
+    edges: IntArray
+    identical: IntArray
+    min_size: int
+
+
+def _partition(z: Array, graph: _Links, shares: tuple[float, ...]) -> _Partition:
     """Run RCC at every scale and return the joined pieces of the highest modularity, ties to the first."""
     best: _Partition | None = None
+    edges = graph.edges
     for share in shares:
         fitted = RCC().fit(_rescaled(z, edges, share), edges)
         length = _lengths(fitted.representatives_, edges)
         for cut in np.unique(np.quantile(length, _CUTS)):
-            labels = _absorb_small(_components(len(z), edges[length <= cut]), edges, min_size)
+            joined = np.concatenate([edges[length <= cut], graph.identical])
+            labels = _absorb_small(_components(len(z), joined), edges, graph.min_size)
             candidate = _Partition(labels, _modularity(labels, edges))
             if best is None or candidate.modularity > best.modularity:
                 best = candidate

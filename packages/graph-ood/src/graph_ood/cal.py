@@ -362,9 +362,9 @@ class CAL(nn.Module):
         """Return the logits of the causal head [B, C]; the other two heads are not computed."""
         index, num_graphs = graph_index(data)
         self._check_batch_size(num_graphs)
-        h = self.encoder(data.x, data.edge_index)
+        h, routes = self._encode(data)
         split = self.split(h, data.edge_index)
-        h = self.causal(h, data.edge_index, split["node_causal"], split["edge_causal"], loop_routes(data.edge_index, h))
+        h = self.causal(h, data.edge_index, split["node_causal"], split["edge_causal"], routes)
         return self.head_causal(pool(h, index, num_graphs, "sum"))  # type: ignore[no-any-return]
 
     @torch.no_grad()
@@ -392,14 +392,20 @@ class CAL(nn.Module):
             self.train(before)
         return explanations(data, node_mask=split["node_causal"], edge_mask=split["edge_causal"])
 
+    def _encode(self, data: Data) -> tuple[Tensor, Routes | None]:
+        """Return node embeddings, and the sorted edges that the encoder and both branches share."""
+        routes = loop_routes(data.edge_index, data.x)
+        if isinstance(self.encoder, ProjectedEncoder):
+            return self.encoder(data.x, data.edge_index, loops=routes), routes
+        return self.encoder(data.x, data.edge_index), routes
+
     def _parts(self, data: Data) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """Return the pooled causal and trivial parts and the scores."""
         index, num_graphs = graph_index(data)
         self._check_batch_size(num_graphs)
         edges = data.edge_index
-        h = self.encoder(data.x, edges)
+        h, routes = self._encode(data)
         split = self.split(h, edges)
-        routes = loop_routes(edges, h)
         causal = self.causal(h, edges, split["node_causal"], split["edge_causal"], routes)
         trivial = self.trivial(h, edges, split["node_trivial"], split["edge_trivial"], routes)
         return pool(causal, index, num_graphs, "sum"), pool(trivial, index, num_graphs, "sum"), split

@@ -401,15 +401,17 @@ def attention_split(
     ):
         if value.shape != shape:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(value.shape)}")
-    node = F.linear(h, node_weight, node_bias).softmax(-1)
-    # W [h_i || h_j] = W_left h_i + W_right h_j: two products over nodes in place of one over edges
-    left, right = h @ edge_weight[:, :d].T, h @ edge_weight[:, d:].T
-    edge = (left.index_select(0, edge_index[0]) + right.index_select(0, edge_index[1]) + edge_bias).softmax(-1)
+    # A softmax over two is a sigmoid of their difference, and W [h_i || h_j] = W_left h_i + W_right h_j: one thin product
+    # over nodes in place of one over nodes and one over edges.
+    node_row, edge_row = node_weight[1] - node_weight[0], edge_weight[1] - edge_weight[0]
+    node, left, right = (h @ torch.stack([node_row, edge_row[:d], edge_row[d:]], 1)).unbind(1)
+    node = node + (node_bias[1] - node_bias[0])
+    edge = left.index_select(0, edge_index[0]) + right.index_select(0, edge_index[1]) + (edge_bias[1] - edge_bias[0])
     return {
-        "node_trivial": node[:, 0],
-        "node_causal": node[:, 1],
-        "edge_trivial": edge[:, 0],
-        "edge_causal": edge[:, 1],
+        "node_trivial": (-node).sigmoid(),
+        "node_causal": node.sigmoid(),
+        "edge_trivial": (-edge).sigmoid(),
+        "edge_causal": edge.sigmoid(),
     }
 
 
@@ -489,22 +491,24 @@ class ProjectedEncoder(nn.Module):
             return GATConv(hidden, hidden // 4, heads=4, dropout=0.2)  # type: ignore[no-any-return]
         return _CALGINConv(hidden)
 
-    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
-        """Return node embeddings [n, d]."""
+    def forward(self, x: Tensor, edge_index: Tensor, *, loops: Routes | None = None) -> Tensor:
+        """Return node embeddings [n, d]; a caller that has `loop_routes` already may pass them."""
         h = self.project(self.input_norm(x)).relu()
-        shared = _shared(self.conv, h, edge_index, None)
+        shared = _shared(self.conv, h, edge_index, None, loops)
         for norm, conv in zip(self.norms, self.convs, strict=True):
             h = conv(norm(h), edge_index, **shared).relu()
         return h  # type: ignore[no-any-return]
 
 
-def _shared(conv: str, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None) -> dict[str, Any]:
+def _shared(
+    conv: str, x: Tensor, edge_index: Tensor, edge_weight: Tensor | None, loops: Routes | None = None
+) -> dict[str, Any]:
     """What all layers of an encoder compute from the edges alone."""
     if conv == "gat":
         return {}
     if conv == "gcn":
         normalised = weighted_gcn_norm(edge_index, edge_weight, len(x), x.dtype)
-        return {"normalised": normalised, "routes": edge_routes(normalised[0], x)}
+        return {"normalised": normalised, "routes": loops or edge_routes(normalised[0], x)}
     return {"routes": edge_routes(edge_index, x)}
 
 

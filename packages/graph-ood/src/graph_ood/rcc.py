@@ -377,7 +377,7 @@ def _knn_edges(points: Array, k: int, metric: str) -> IntArray:
     near = sp.csr_array((np.ones(n * k), (row, column)), shape=(n, n))
     # To the tree a length of 0 is no edge; identical points that aren't among k neighbours are linked in a chain.
     tiny = np.finfo(np.float64).tiny
-    twin, next_twin = _identical(points)
+    twin, next_twin = identical_pairs(points).T
     entries = np.concatenate([np.maximum(length.ravel(), tiny), np.full(len(twin), tiny)])
     place = (np.concatenate([row, twin]), np.concatenate([column, next_twin]))
     tree = minimum_spanning_tree(sp.csr_array((entries, place), shape=(n, n)))
@@ -385,12 +385,12 @@ def _knn_edges(points: Array, k: int, metric: str) -> IntArray:
     return _sorted_pairs(linked.row, linked.col)
 
 
-def _identical(points: Array) -> tuple[IntArray, IntArray]:
-    """Return, for every point but the last of its kind, the point itself and the next identical one."""
+def identical_pairs(points: Array) -> IntArray:
+    """Return pairs (m, 2) that chain identical points: every point but the last of its kind, and the next."""
     kind = np.unique(points, axis=0, return_inverse=True)[1].ravel()
     order = np.argsort(kind, kind="stable")
     same = kind[order[:-1]] == kind[order[1:]]
-    return order[:-1][same], order[1:][same]
+    return np.stack([order[:-1][same], order[1:][same]], 1).astype(np.int64)
 
 
 def _sorted_pairs(a: IntArray, b: IntArray) -> IntArray:

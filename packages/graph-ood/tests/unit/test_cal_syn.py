@@ -14,7 +14,7 @@ from graph_ood.explain import mask_auc
 from graph_ood.nets import GraphClassifier, ProjectedEncoder
 from graph_ood.training import evaluate
 
-TOTAL, HIDDEN, EPOCHS, BATCH = 800, 32, 20, 32
+TOTAL, BATCH = 800, 32
 
 
 def syn(bias, seed, test_total=4000):
@@ -22,9 +22,9 @@ def syn(bias, seed, test_total=4000):
     return train, val, list(SynB(bias=bias, split="test", total=test_total, seed=seed))
 
 
-def trained(train, val, seed, *, cal=True, epochs=EPOCHS):
+def trained(train, val, seed, *, cal=True, hidden=32, epochs=20):
     torch.manual_seed(seed)
-    encoder = ProjectedEncoder(10, HIDDEN, 3, "gcn")
+    encoder = ProjectedEncoder(10, hidden, 3, "gcn")
     model = CAL(10, 4, encoder=encoder) if cal else GraphClassifier(encoder, 4)
     options = {"epochs": epochs, "lr": 2e-3, "scheduler": "cosine", "min_lr": 5e-6, "seed": seed}
     loaders = DataLoader(train, BATCH, shuffle=True), DataLoader(val, 256)
@@ -34,14 +34,14 @@ def trained(train, val, seed, *, cal=True, epochs=EPOCHS):
 
 @pytest.mark.slow
 def test_cal_beats_its_backbone_where_the_base_goes_with_the_class():
+    # as the cpu case syn-0.9-gcn; CAL learns more slowly, and 20 epochs of 32 dimensions are too few for it
     accuracy = {True: [], False: []}
     for seed in range(3):
         train, val, test = syn(0.9, seed)
         for cal, values in accuracy.items():
-            model = trained(train, val, seed, cal=cal)
+            model = trained(train, val, seed, cal=cal, hidden=64, epochs=30)
             values.append(evaluate(model.predict if cal else model, DataLoader(test, 256)))
     gain = sum(accuracy[True]) / 3 - sum(accuracy[False]) / 3
-    print(accuracy)
     assert gain > 0.02, accuracy
 
 

@@ -198,7 +198,7 @@ def test_estimator_conventions():
         estimator_checks.check_estimator_cloneable,
         estimator_checks.check_estimator_repr,
     ):
-        check("RCC", RCC(k=4, threshold=10.0))  # the clustering check has 50 points, where the default cuts too short
+        check("RCC", RCC(threshold=2.0))  # the clustering check has 50 points, where the default cuts too short
 
 
 def test_in_a_pipeline():
