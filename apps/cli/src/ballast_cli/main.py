@@ -6,6 +6,7 @@ Exit codes: 0 done, 1 the work itself failed, 2 the input was wrong, 130 interru
 from __future__ import annotations
 
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         0 done, 1 the work failed, 2 bad input, 130 interrupted.
     """
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
+    # torch-geometric calls torch.jit.script when it is imported; a user of this command can do nothing about it
+    warnings.filterwarnings("ignore", message=".*torch.jit.*", category=FutureWarning)
     try:
         tokens, config = split_config(list(sys.argv[1:] if argv is None else argv))
         app.config = () if config is None else (read_config(config, tokens),)
