@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from _measure import emit, interleaved, machine, parser
 from torch_geometric.data import Batch
 
+from ballast_testing.measure import emit, interleaved, machine, parser
 from graph_ood.cal import CAL, CALPlus
 from graph_ood.data import SynB
 from graph_ood.nets import GraphClassifier, ProjectedEncoder

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 import networkx as nx
 import numpy as np
 import torch
-from _measure import emit, interleaved, machine, parser, ratio
 from torch_geometric.data import Data, InMemoryDataset
 from torch_geometric.utils import from_networkx
 
+from ballast_testing.measure import emit, interleaved, machine, parser, ratio
 from graph_ood.data import GoodMotif, SynB, good_motif_split_sizes, syn_b_counts
 
 if TYPE_CHECKING:

@@ -15,9 +15,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from _measure import emit, interleaved, machine, parser
 from torch_geometric.data import Batch
 
+from ballast_testing.measure import emit, interleaved, machine, parser
 from graph_ood.data import load_good_motif
 from graph_ood.infoigl import InfoIGL, InfoIGLTrainer
 

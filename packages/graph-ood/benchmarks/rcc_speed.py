@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import scipy.sparse as sp
 import torch
-from _measure import emit, interleaved, machine, parser
 from scipy.sparse.csgraph import connected_components, minimum_spanning_tree
 from scipy.sparse.linalg import eigs, spsolve
 from scipy.spatial.distance import cdist
 
+from ballast_testing.measure import emit, interleaved, machine, parser
 from graph_ood.rcc import RCC, clustering_scores, mutual_knn_graph
 
 POINTS, DIMS, CLASSES, NEIGHBORS = 7_494, 16, 10, 10

@@ -15,8 +15,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from _measure import emit, interleaved, machine, parser
 
+from ballast_testing.measure import emit, interleaved, machine, parser
 from graph_ood.aia import AIA, AIATrainer
 from graph_ood.cal import CAL
 from graph_ood.data import GoodMotif, SynB

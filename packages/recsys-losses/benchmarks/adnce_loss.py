@@ -16,9 +16,9 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
-from _measure import emit, in_worker, interleaved, machine, parser, peak_extra_bytes, ratio
 from torch.nn import functional as F
 
+from ballast_testing.measure import emit, in_worker, interleaved, machine, parser, peak_extra_bytes, ratio
 from recsys_losses.adnce import adnce_loss
 
 if TYPE_CHECKING:

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from _measure import emit, in_worker, interleaved, machine, parser, peak_extra_bytes, ratio
 
+from ballast_testing.measure import emit, in_worker, interleaved, machine, parser, peak_extra_bytes, ratio
 from recsys_losses.gcm import GCM, Samples, make_context_data
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from _measure import emit, interleaved, machine, parser, ratio
 
+from ballast_testing.measure import emit, interleaved, machine, parser, ratio
 from recsys_losses.if_dfm import (
     InfluenceUpdater,
     TrainOptions,

@@ -16,8 +16,8 @@ import random
 from typing import TYPE_CHECKING, Any
 
 import torch
-from _measure import emit, in_worker, interleaved, machine, parser, peak_extra_bytes, ratio
 
+from ballast_testing.measure import emit, in_worker, interleaved, machine, parser, peak_extra_bytes, ratio
 from recsys_losses.mcrl import MCRL, ReplayBuffer, Transitions, mcrl_loss
 
 if TYPE_CHECKING:

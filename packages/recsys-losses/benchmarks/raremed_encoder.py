@@ -14,9 +14,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from _measure import emit, interleaved, machine, parser, ratio
 from torch import nn
 
+from ballast_testing.measure import emit, interleaved, machine, parser, ratio
 from recsys_losses.raremed import EHRDataset, RAREMed, medication_loss
 
 if TYPE_CHECKING:

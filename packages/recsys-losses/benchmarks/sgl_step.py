@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from _measure import emit, in_worker, interleaved, machine, parser, peak_extra_bytes, ratio
 from torch.nn import functional as F
 
+from ballast_testing.measure import emit, in_worker, interleaved, machine, parser, peak_extra_bytes, ratio
 from recsys_losses.data import InteractionData, load_dataset
 from recsys_losses.sgl import SGL, BPRSampler, drop_edges, normalized_adjacency
 

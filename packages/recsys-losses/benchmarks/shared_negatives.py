@@ -13,8 +13,8 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import torch
-from _measure import emit, in_worker, interleaved, machine, parser, peak_extra_bytes, ratio
 
+from ballast_testing.measure import emit, in_worker, interleaved, machine, parser, peak_extra_bytes, ratio
 from recsys_losses.ssm import ssm_loss
 
 if TYPE_CHECKING:

@@ -43,6 +43,7 @@ _SHORTEST = 0.01  # share of the edges that the two small scales average
 _MAX_DELTA_EDGES = 250
 _STALLED = 0.1  # a smaller change of the objective ends a stage
 
+_SYMMETRIC: dict[str, Any] = {"diag_pivot_thresh": 0.0, "options": {"SymmetricMode": True}}
 _CG_TOLERANCE, _CG_STEPS = 1e-6, 1000
 
 
@@ -211,7 +212,7 @@ class RCC(ClusterMixin, BaseEstimator):  # type: ignore[misc]
         self.edge_weights_ = _edge_weights(pairs, len(points), edge_weights)
         run = _Run(points, pairs, self.edge_weights_, solver=self.solver, inner_iter=self.inner_iter)
         run.solve(self.max_iter)
-        self.representatives_ = run.u
+        self.representatives_ = run.u[run.place]
         self.objective_ = np.array(run.objective)
         self.scale_ = np.array(run.scales)
         self.cut_ = self.threshold * run.short
@@ -235,8 +236,12 @@ class _Run:
     """The alternation: state of one fit."""
 
     def __init__(self, x: Array, pairs: IntArray, weights: Array, *, solver: str, inner_iter: int) -> None:
-        self.x, self.u = x, x.copy()
-        self.i, self.j = pairs.T
+        # The pattern of the matrix never changes, so the order of elimination is found once.
+        self.order = _elimination_order(len(x), pairs) if solver == "lu" else np.arange(len(x))
+        self.place = np.argsort(self.order)
+        self.x = x[self.order]
+        self.u = self.x.copy()
+        self.i, self.j = self.place[pairs].T
         self.weights = weights
         self.solver, self.inner_iter = solver, inner_iter
         self.objective: list[float] = []
@@ -325,6 +330,16 @@ def _largest_eigenvalue(matrix: sp.csr_array, start: Array | None) -> tuple[floa
     begin = np.random.default_rng(0).standard_normal(n) if start is None else start
     values, vectors = eigsh(matrix, k=1, which="LA", v0=begin, tol=1e-5)
     return float(values[0]), vectors[:, 0]
+
+
+def _elimination_order(n: int, pairs: IntArray) -> IntArray:
+    """Return the order of the points in which a factorisation of the graph's matrix fills least (minimum degree)."""
+    import scipy.sparse as sp
+    from scipy.sparse.linalg import splu
+
+    half = sp.coo_array((np.full(len(pairs), -1.0), pairs.T), shape=(n, n))
+    matrix = half + half.T + sp.diags_array(np.bincount(pairs.ravel(), minlength=n) + 1.0)
+    return cast("IntArray", np.argsort(splu(matrix.tocsc(), permc_spec="MMD_AT_PLUS_A", **_SYMMETRIC).perm_c))
 
 
 def _solve(laplacian: sp.csr_array, lam: float, x: Array, start: Array, solver: str) -> Array:

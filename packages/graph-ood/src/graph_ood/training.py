@@ -181,7 +181,7 @@ def fit(
     """
     _check_fit(epochs, scheduler, min_lr, warmup_select, metric)
     model.to(device)
-    _move_state(optimizers, device)
+    _move_state(optimizers)
     used = {
         "seed": seed,
         "scheduler": scheduler,
@@ -554,13 +554,11 @@ def _hyperparameters(optimizer: Optimizer) -> list[Any]:
     return [type(optimizer).__name__, groups]
 
 
-def _move_state(optimizers: Sequence[Optimizer], device: str | torch.device) -> None:
-    """An optimiser that has taken steps elsewhere follows its parameters."""
+def _move_state(optimizers: Sequence[Optimizer]) -> None:
+    """An optimiser that has taken steps elsewhere follows its parameters; torch knows which counters stay on the host."""
     for optimizer in optimizers:
-        for values in optimizer.state.values():
-            for name, value in values.items():
-                if isinstance(value, torch.Tensor) and value.ndim > 0:
-                    values[name] = value.to(device)
+        if optimizer.state:
+            optimizer.load_state_dict(optimizer.state_dict())
 
 
 def _load_moments(optimizer: Optimizer, tensors: Mapping[str, Tensor]) -> None:

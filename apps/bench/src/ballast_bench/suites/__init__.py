@@ -40,6 +40,7 @@ MODULES = tuple(
         "graph_unlearn",
         "graph_unlearn_attacks",
         "graph_ood_cal",
+        "graph_ood_aia",
         "graph_ood_infoigl",
         "graph_ood_motif",
         "ihvp",

@@ -1,4 +1,4 @@
-"""What the benchmark scripts of this folder share: interleaved timing, peak memory, a description of the machine."""
+"""What the scripts in `packages/*/benchmarks` share: interleaved timing, peak memory, a description of the machine."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -33,6 +31,8 @@ def parser(description: str | None) -> argparse.ArgumentParser:
 
 def machine(device: str = "cpu") -> dict[str, Any]:
     """Return where and with what the figures were taken."""
+    import torch
+
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.is_file():
@@ -50,14 +50,25 @@ def machine(device: str = "cpu") -> dict[str, Any]:
 
 
 def interleaved(
-    sides: dict[str, Callable[[], object]], *, repetitions: int, warmup: int = 1, device: str = "cpu"
+    sides: dict[str, Callable[[], object]],
+    *,
+    repetitions: int,
+    warmup: int = 1,
+    device: str = "cpu",
+    clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, dict[str, float]]:
-    """Time every side once per round, so that all see the same disturbances: processor time on a CPU.
+    """Time every side once per round, so that all see the same disturbances.
+
+    Args:
+        sides: What is compared, by name.
+        repetitions: Measured rounds.
+        warmup: Rounds before them.
+        device: "cpu", or "cuda" to wait for the device before the clock is read.
+        clock: `time.perf_counter`, or `time.process_time` where other work runs beside the measurement.
 
     Returns:
         Seconds of every side: median, lowest, and the quartiles.
     """
-    clock = time.process_time if device == "cpu" else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(warmup + repetitions):
         for name, run in sides.items():
@@ -71,6 +82,8 @@ def interleaved(
 
 
 def _finish(device: str) -> None:
+    import torch
+
     if device == "cuda":
         torch.cuda.synchronize()
 
@@ -86,6 +99,8 @@ def peak_extra_bytes(run: Callable[[], object], device: str = "cpu") -> int | No
     On Linux the kernel's high-water mark is reset first. Elsewhere the result is None. Call it in a fresh process:
     memory that an earlier run left with the allocator would not be seen again.
     """
+    import torch
+
     if device == "cuda":
         torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
@@ -110,7 +125,7 @@ def _status_bytes(status: Path, field: str) -> int:
 def in_worker(side: str, arguments: list[str]) -> int | None:
     """Run this script again for the memory of one side, and return the bytes that it prints."""
     command = [sys.executable, sys.argv[0], *arguments, "--memory-of", side]
-    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout  # noqa: S603  # this very script
     value: int | None = json.loads(out.splitlines()[-1])["peak_extra_bytes"]
     return value
 
@@ -123,8 +138,9 @@ def ratio(a: float | None, b: float | None) -> float | None:
 def emit(result: dict[str, Any], output: Path | None) -> None:
     """Print the result as one JSON object and write it to `output` if given."""
     given = [word for word in sys.argv[1:] if output is None or word not in ("--output", str(output))]
-    command = " ".join([f"python packages/graph-unlearn/benchmarks/{Path(sys.argv[0]).name}", *given])
+    script = Path(sys.argv[0]).resolve()
+    command = " ".join([f"python packages/{script.parents[1].name}/benchmarks/{script.name}", *given])
     text = json.dumps({"command": command, **result}, indent=2)
-    print(text)
+    sys.stdout.write(text + "\n")
     if output is not None:
         output.write_text(text + "\n")
