@@ -42,6 +42,7 @@ MODULES = tuple(
         "graph_ood_cal",
         "graph_ood_aia",
         "graph_ood_infoigl",
+        "graph_ood_asrc",
         "graph_ood_motif",
         "ihvp",
     )

@@ -69,8 +69,8 @@ def quick() -> tuple[Case, ...]:
 
 
 def cpu() -> tuple[Case, ...]:
-    """A check without shift, the ablation on Spurious-Motif, SYN-0.9, and a shift of sizes on PROTEINS: half an hour."""
-    return (_no_shift(), _ablation(), _syn(), _size())
+    """A check without shift, the ablation on Spurious-Motif, and a shift of sizes on PROTEINS."""
+    return (_no_shift(), _ablation(), _size())
 
 
 def _no_shift() -> Case:
@@ -111,28 +111,6 @@ def _ablation() -> Case:
             "tuned on this data. Each seed generates its own graphs. Graphs of 17 nodes in place of SYN-b's 240 make six "
             "methods and five seeds affordable: about 20 CPU seconds per cell."
         ),
-    )
-
-
-def _syn() -> Case:
-    return _case(
-        "infoigl-syn-0.9",
-        "InfoIGL on SYN-0.9, 800 graphs",
-        "syn-b",
-        ("ERM", "filter only", "InfoIGL"),
-        {"bias": 0.9, "total": 800, "hidden": 64, "batch_size": 32, "epochs": 30},
-        baseline="ERM",
-        seeds=(0, 1, 2),
-        expected=75,
-        note=(
-            "556 training graphs, 76 for validation with the same bias, 160 balanced test graphs; the published size is "
-            "ten times that. Three GIN layers of 64 dimensions, 30 epochs, batches of 32, Adam from 2e-3 to 5e-6 by a "
-            "cosine. Weights as published for Motif base (0.5 and 0.5, share 0.7), not tuned on this data. Chance is 0.25, "
-            "and 160 test graphs give a standard error of about 0.04. Each seed generates its own graphs. About 65 CPU "
-            "seconds per cell, hence three seeds and three methods."
-        ),
-        lr=2e-3,
-        min_lr=5e-6,
     )
 
 
@@ -351,7 +329,7 @@ def _curve(history: History, metric: str) -> tuple[dict[str, float], ...]:
 
 def _load(cell: CellInput) -> dict[str, list[Data]]:
     """Return training, validation and test graphs."""
-    from graph_ood.data import load_good_motif, load_syn_b, size_split, spurious_motif
+    from graph_ood.data import load_good_motif, size_split, spurious_motif
 
     settings = cell.settings
     generated: dict[str, Callable[[], Any]] = {
@@ -359,7 +337,6 @@ def _load(cell: CellInput) -> dict[str, list[Data]]:
             None, settings["domain"], settings["shift"], settings["num_data"], cell.seed
         ),
         "spurious-motif": lambda: spurious_motif(settings["bias"], None, settings["num_data"], cell.seed),
-        "syn-b": lambda: load_syn_b(None, settings["bias"], settings["total"], seed=cell.seed),
     }
     parts = generated[cell.dataset]() if cell.dataset in generated else size_split(_tu(cell), seed=cell.seed)
     return {name: list(parts[name]) for name in ("train", "val", "test")}
