@@ -19,6 +19,7 @@ from ballast_bench.app import app as bench_app
 from ballast_cli import __version__
 from ballast_cli.data import data_app
 from ballast_cli.graph_ood import graph_ood_app
+from ballast_cli.graph_ood_cluster import cluster
 from ballast_cli.graph_unlearn import graph_unlearn_app
 from ballast_cli.recsys import recsys_app
 
@@ -35,6 +36,7 @@ app = App(
     version=__version__,
 )
 app.command(recsys_app)
+graph_ood_app.command(cluster)
 app.command(graph_ood_app)
 app.command(graph_unlearn_app)
 app.command(data_app)

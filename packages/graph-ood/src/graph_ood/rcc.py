@@ -339,7 +339,7 @@ def _elimination_order(n: int, pairs: IntArray) -> IntArray:
 
     half = sp.coo_array((np.full(len(pairs), -1.0), pairs.T), shape=(n, n))
     matrix = half + half.T + sp.diags_array(np.bincount(pairs.ravel(), minlength=n) + 1.0)
-    return cast("IntArray", np.argsort(splu(matrix.tocsc(), permc_spec="MMD_AT_PLUS_A", **_SYMMETRIC).perm_c))
+    return np.argsort(splu(matrix.tocsc(), permc_spec="MMD_AT_PLUS_A", **_SYMMETRIC).perm_c)
 
 
 def _solve(laplacian: sp.csr_array, lam: float, x: Array, start: Array, solver: str) -> Array:
