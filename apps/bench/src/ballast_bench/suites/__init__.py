@@ -23,7 +23,7 @@ __all__ = ["MODULES", "SUITES", "load_suite", "select_cells"]
 
 SUITES = {
     "quick": "generated data only, three to four minutes on 2 cores",
-    "cpu": "real data, about an hour per package on 2 cores",
+    "cpu": "real data, up to 75 minutes per package on 2 cores",
     "gpu": "full-size runs on a CUDA device",
 }
 MODULES = tuple(
