@@ -153,6 +153,7 @@ def adagae_forward(
     r"""Embed the points, rebuild the neighbour probabilities, and return the loss of the graph auto-encoder.
 
     $$Z=S\,\text{relu}(S(XW_1))\,W_2,\qquad q_{ij}=\text{softmax}_j(-\|z_i-z_j\|^2)+10^{-10},$$
+
     $$L_{GAE}=\frac1n\sum_{ij}p_{ij}\log\Big(\frac{p_{ij}}{q_{ij}}+10^{-10}\Big)+\frac\lambda n\,\text{tr}(Z^\top(D-A)Z)$$
 
     Source: AdaGAE, equations 9 to 13, and its program.

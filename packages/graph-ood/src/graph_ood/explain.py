@@ -234,7 +234,9 @@ def draw_split(
         import matplotlib as mpl
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError("draw_split needs matplotlib: pip install matplotlib") from error
+        raise ImportError(
+            "draw_split needs matplotlib, which the extra `draw` installs: pip install matplotlib"
+        ) from error
     columns = min(columns, len(graphs))
     rows = -(-len(graphs) // columns)
     # Ids in an SVG come from a salt: without it they differ from run to run.
