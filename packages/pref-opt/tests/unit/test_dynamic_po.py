@@ -35,10 +35,10 @@ def _cost(row, labels):
 
 
 @given(
-    st.lists(st.integers(-4, 4), min_size=1, max_size=6),
+    st.lists(st.integers(-4, 4), min_size=1, max_size=5),
     st.integers(1, 3),
 )
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=40)
 def test_kmeans_is_optimal(values, clusters):
     row = np.array(values, dtype=float)
     labels = optimal_kmeans_1d(torch.tensor([values], dtype=F64), clusters)[0].numpy()
@@ -53,7 +53,7 @@ def test_kmeans_is_optimal(values, clusters):
 def test_kmeans_never_costs_more_than_scikit_learn():
     from sklearn.cluster import KMeans
 
-    rows = _rng(150, 15).numpy()
+    rows = _rng(80, 15).numpy()
     ours = optimal_kmeans_1d(torch.from_numpy(rows), 3).numpy()
     worse = 0
     for row, labels in zip(rows, ours, strict=True):
@@ -97,7 +97,7 @@ def test_violations_are_the_boundary_and_otherwise_the_top_cluster(clustering):
 
 
 @given(st.integers(1, 4), st.sampled_from([1, 2, 3, 19]), st.integers(1, 5), st.integers(0, 10**6))
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=25)
 def test_every_row_has_a_boundary_and_betas_in_range(batch, num, clusters, seed):
     chosen, rejected = _rng(batch, seed=seed), _rng(batch, num, seed=seed + 1, loc=-0.5) * 3
     mask = boundary_mask(chosen, rejected, num_clusters=clusters)
