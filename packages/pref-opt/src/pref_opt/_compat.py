@@ -7,6 +7,7 @@ version of TRL that breaks one says which. Read and run with TRL 1.16 and transf
 from __future__ import annotations
 
 import dataclasses
+import warnings
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 __all__ = [
-    "CheckedPreparation",
+    "HostTrainer",
     "TokenOutputs",
     "completion_labels",
     "completion_mask",
@@ -37,6 +38,7 @@ __all__ = [
     "reference_logps",
     "reference_stub",
     "refuse_ignored_options",
+    "use_new_names",
 ]
 
 # Columns of a batch that are no arguments of the model.
@@ -55,6 +57,10 @@ IGNORED_OPTIONS = {
     "discopop_tau": "",
     "padding_free": "TRL ignores it as well since its refactoring",
 }
+
+
+# TRL 1.16 reads a property that transformers has renamed; nobody who calls it can change that.
+OLD_NAME = ".*is_gradient_checkpointing.* is deprecated"
 
 
 class TokenOutputs(NamedTuple):
@@ -91,6 +97,12 @@ def refuse_ignored_options(config: DPOConfig) -> None:
             f"router_aux_loss_coef must be None or 0, got {config.router_aux_loss_coef!r}: "
             "the losses of this package don't add a load-balancing loss"
         )
+
+
+def use_new_names(config: DPOConfig) -> None:
+    """Fill in the new name of an option whose old name TRL gives a default to, which would warn about itself."""
+    if getattr(config, "activation_checkpointing", False) is None:
+        config.activation_checkpointing = config.gradient_checkpointing
 
 
 def completion_mask(inputs: Mapping[str, Tensor]) -> Tensor:
@@ -192,11 +204,16 @@ def head_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return logps
 
 
-class CheckedPreparation(DPOTrainer):
+class HostTrainer(DPOTrainer):
     """TRL's trainer with a look at every data set before and after it is tokenised.
 
     TRL drops, without a word, pairs whose prompt alone fills `max_length`.
     """
+
+    def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", OLD_NAME, FutureWarning)
+            return super().compute_ref_log_probs(model, inputs)  # type: ignore[no-untyped-call]
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:
         self.check_rows(dataset, dataset_name)

@@ -63,11 +63,12 @@ class PreferenceConfig(DPOConfig):
     def __post_init__(self) -> None:
         check_choice("method", self.method, loss_names())
         self.method_kwargs = _options(self.method_kwargs)
+        _compat.use_new_names(self)
         super().__post_init__()  # type: ignore[no-untyped-call]
         _compat.refuse_ignored_options(self)
 
 
-class PreferenceTrainer(_compat.CheckedPreparation):
+class PreferenceTrainer(_compat.HostTrainer):
     r"""TRL's `DPOTrainer` with any pairwise loss of this package.
 
     The loss gets sums of log-probabilities over completion tokens, or means where it asks for them, and log-probabilities
@@ -97,11 +98,16 @@ class PreferenceTrainer(_compat.CheckedPreparation):
             trained on: missing columns, empty or identical completions, prompts that fill `max_length`.
 
     Examples:
-        ```python
-        args = PreferenceConfig("out", method="simpo", method_kwargs={"beta": 2.5})
-        trainer = PreferenceTrainer("Qwen/Qwen2.5-0.5B-Instruct", args=args, train_dataset=pairs)
-        trainer.train()
-        ```
+        >>> from datasets import Dataset
+        >>> from pref_opt.tiny import tiny_causal_lm, tiny_tokenizer
+        >>> from pref_opt.trl import PreferenceConfig, PreferenceTrainer
+        >>> pairs = Dataset.from_list([{"prompt": "1 + 1 =", "chosen": " 2", "rejected": " 3"}] * 8)
+        >>> tokenizer = tiny_tokenizer()
+        >>> args = PreferenceConfig("out", method="simpo", bf16=False, use_cpu=True, report_to="none")
+        >>> model = tiny_causal_lm(tokenizer)
+        >>> trainer = PreferenceTrainer(model, args=args, train_dataset=pairs, processing_class=tokenizer)
+        >>> trainer.ref_model is None  # and trainer.train() would go on
+        True
     """
 
     # Our losses are means over the pairs of a micro-batch: the trainer divides by the number of micro-batches.

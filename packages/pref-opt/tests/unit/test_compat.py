@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import inspect
 import os
+import warnings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -108,6 +109,18 @@ def test_options_left_alone_are_accepted(tmp_path):
     _compat.refuse_ignored_options(DPOConfig(str(tmp_path), bf16=False, use_cpu=True, router_aux_loss_coef=0.0))
     with pytest.raises(ValueError, match=r"beta must be left at 0\.1, got 0\.2"):
         _compat.refuse_ignored_options(DPOConfig(str(tmp_path), bf16=False, use_cpu=True, beta=0.2))
+
+
+def test_the_old_name_of_an_option_does_not_warn_of_itself(tmp_path):
+    class Config(DPOConfig):
+        def __post_init__(self):
+            _compat.use_new_names(self)
+            super().__post_init__()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        on, off = (Config(str(tmp_path), bf16=False, use_cpu=True, gradient_checkpointing=x) for x in (True, False))
+    assert (on.gradient_checkpointing, off.gradient_checkpointing) == (True, False)
 
 
 def test_batches_hold_the_chosen_rows_first(build, tokenizer):
@@ -300,7 +313,7 @@ def test_trls_head_is_a_function_of_its_own():
 def test_data_are_seen_before_and_after_they_are_tokenised(build):
     seen = []
 
-    class Seeing(_compat.CheckedPreparation):
+    class Seeing(_compat.HostTrainer):
         def check_rows(self, dataset, name):
             seen.append((name, dataset[0]["chosen"]))
 

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import os
+import warnings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -183,6 +184,13 @@ def test_dpo_inside_is_trls_dpo_with_lora(build, theirs):
         assert left == pytest.approx(right, rel=1e-6, abs=1e-6)
 
 
+@pytest.mark.parametrize("options", [{}, {"precompute_ref_log_probs": True}])
+def test_no_warnings_that_nobody_can_heed(build, options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build(max_steps=1, **options).train()
+
+
 def test_precomputed_references_give_the_same_steps(build, theirs):
     ours = build(precompute_ref_log_probs=True)
     assert ours.ref_model is None
@@ -211,7 +219,7 @@ def test_simpo_inside_is_trls_simpo(build, tmp_path, tokenizer, data, model):
         assert mine == pytest.approx(other, rel=1e-5, abs=1e-6)
 
 
-@pytest.mark.parametrize(("size", "micro_batches"), [(4, 2), (2, 4)])
+@pytest.mark.parametrize(("size", "micro_batches"), [(4, 2), pytest.param(2, 4, marks=pytest.mark.slow)])
 def test_accumulation_is_a_larger_batch(build, size, micro_batches):
     whole = steps(build(per_device_train_batch_size=8, max_steps=2), SHARED)
     parts = build(per_device_train_batch_size=size, gradient_accumulation_steps=micro_batches, max_steps=2)
@@ -286,6 +294,7 @@ PAIRWISE = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [*PAIRWISE, "repo", "repo_plus_plus"])
 def test_every_pairwise_loss_trains(build, method):
     trainer = build(method, max_steps=2)
