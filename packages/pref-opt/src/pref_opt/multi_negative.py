@@ -19,6 +19,7 @@ import copy
 import functools
 import inspect
 import types
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -740,10 +741,10 @@ class MultiNegativeTrainer(Trainer):
         finite = sums.detach().isfinite()
         if finite.all():
             return
+        # In the packed layout what isn't finite in one completion reaches the others of its row.
         row, completion = (~finite).nonzero()[0].tolist()
-        which = "the chosen completion" if completion == 0 else f"rejected completion {completion - 1}"
         raise ValueError(
-            f"log-probabilities under the {who} must be finite, got {float(sums[row, completion])} for {which} of row "
+            f"log-probabilities under the {who} must be finite, got {float(sums[row, completion])} in row "
             f"{int(inputs['rows'][row])} of the data set, at step {self.state.global_step}"
         )
 
@@ -868,7 +869,10 @@ def _with_reference(model: Any, ref_model: Any, peft_config: Any, *, needed: boo
     if peft_config is not None:
         from peft import get_peft_model
 
-        model = get_peft_model(model, peft_config)
+        with warnings.catch_warnings():
+            # PEFT reads a property that transformers has renamed; nobody who calls it can change that.
+            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.* is deprecated", FutureWarning)
+            model = get_peft_model(model, peft_config)
     if needed and ref_model is None and not hasattr(model, "disable_adapter"):
         ref_model = copy.deepcopy(model)
     return model, None if ref_model is None else ref_model.eval().requires_grad_(False)

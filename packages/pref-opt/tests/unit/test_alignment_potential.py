@@ -281,10 +281,10 @@ def test_padding_does_not_change_scores(model, tokenizer):
 def test_scores_are_those_of_the_trainer(model, tokenizer, tmp_path, chat):
     from trl import DPOConfig, DPOTrainer
 
-    # 24 cuts the end of some answers
+    limit = 56 if chat else 24  # cuts the end of some answers, and leaves every prompt
     data = Dataset.from_list(rows(8, chat=chat)).remove_columns(["rm_margin", "id"])
     args = DPOConfig(
-        str(tmp_path), per_device_train_batch_size=8, max_length=24, bf16=False, use_cpu=True, report_to="none",
+        str(tmp_path), per_device_train_batch_size=8, max_length=limit, bf16=False, use_cpu=True, report_to="none",
         gradient_checkpointing=False, disable_tqdm=True,
     )  # fmt: skip
     reference = tiny_causal_lm(tokenizer, hidden=32)
@@ -292,7 +292,9 @@ def test_scores_are_those_of_the_trainer(model, tokenizer, tmp_path, chat):
     batch = trainer.data_collator([trainer.train_dataset[i] for i in range(len(trainer.train_dataset))])
     sums = trainer.compute_ref_log_probs(trainer.ref_model, batch)
     lengths = batch["completion_mask"][:, 1:].sum(1).chunk(2)
-    scored = score_preferences(reference, data, tokenizer, batch_size=3, max_length=24)
+    scored = score_preferences(reference, data, tokenizer, batch_size=3, max_length=limit)
+    assert len(scored) == 8
+    assert batch["input_ids"].shape[1] == limit
     for name, total, count in zip(("chosen", "rejected"), sums, lengths, strict=True):
         np.testing.assert_allclose(scored[f"{name}_logps"], total.tolist(), atol=1e-4, rtol=0)
         np.testing.assert_allclose(scored[f"{name}_logps_norm"], (total / count).tolist(), atol=1e-5, rtol=0)

@@ -53,14 +53,14 @@ def test_kmeans_is_optimal(values, clusters):
 def test_kmeans_never_costs_more_than_scikit_learn():
     from sklearn.cluster import KMeans
 
-    rows = _rng(80, 15).numpy()
+    rows = _rng(50, 15).numpy()
     ours = optimal_kmeans_1d(torch.from_numpy(rows), 3).numpy()
     worse = 0
     for row, labels in zip(rows, ours, strict=True):
         fitted = KMeans(3, n_init=1, random_state=42).fit(row[:, None])
         assert _cost(row, labels) <= fitted.inertia_ + 1e-12
         worse += _cost(row, labels) < fitted.inertia_ - 1e-9
-    assert worse > 10  # k-means with one start often misses the optimum
+    assert worse > 5  # k-means with one start often misses the optimum
 
 
 def test_kmeans_of_a_batch_is_that_of_its_rows():
@@ -334,6 +334,57 @@ def test_bad_tensors():
 
 
 # --- does it do what it is for ------------------------------------------------------------------------------------------
+
+
+def _catalogue(loss, seed):
+    """HR@1 among the hard candidates, and the boundary's share of the gradient's norm.
+
+    A linear model on 50 items and five groups of users; each row has two ordinary negatives and thirteen that nobody would
+    take, whose reference log-probability is 12 nats lower.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    centres = draw(5, 16)
+    items = centres[torch.arange(50) % 5] + 0.7 * draw(50, 16)
+
+    def sample(count, negatives):
+        users = centres[torch.randint(5, (count,), generator=generator)] + 0.7 * draw(count, 16)
+        positive = torch.multinomial((0.7 * users @ items.T).softmax(1), 1, generator=generator)
+        others = torch.ones(count, 50).scatter(1, positive, 0.0)
+        return users, positive[:, 0], torch.multinomial(others, negatives, generator=generator)
+
+    users, positive, hard = sample(600, 2)
+    negatives = torch.cat([hard, 50 + draw(600, 30).argsort(1)[:, :13]], 1)
+    weight = (0.03 * draw(16, 80)).requires_grad_()
+    start, bias = weight.detach().clone(), torch.tensor([0.0] * 50 + [-12.0] * 30)
+    optimizer, shares = torch.optim.Adam([weight], lr=0.02), []
+    for _ in range(60):
+        rows = torch.randint(600, (16,), generator=generator)
+        columns = torch.cat([positive[rows, None], negatives[rows]], 1)
+        logps, refs = ((users[rows] @ w + bias).log_softmax(1).gather(1, columns) for w in (weight, start))
+        value = loss(logps[:, 0], logps[:, 1:], refs[:, 0], refs[:, 1:])
+        (slope,) = torch.autograd.grad(value, logps, retain_graph=True)
+        boundary = boundary_mask(logps[:, 0], logps[:, 1:])
+        shares.append((slope[:, 1:][boundary].norm() / slope[:, 1:].norm()).item())
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+    users, positive, hard = sample(1000, 19)
+    scores = (users @ weight + bias).detach()
+    hits = (scores.gather(1, positive[:, None]) > scores.gather(1, hard)).all(1).double().mean().item()
+    return hits, np.mean(shares)
+
+
+def test_the_boundary_gets_all_of_the_gradient_and_ranking_is_not_worse():
+    """Three seeds: two of fifteen negatives matter. DMPO gives the boundary a third of the gradient, DynamicPO all of it."""
+    base, ours = (np.mean([_catalogue(loss, seed) for seed in range(3)], 0) for loss in (dmpo_loss, dynamic_po_loss))
+    assert ours[0] > base[0] - 0.03
+    assert ours[0] > 0.4  # by chance 0.05
+    assert ours[1] == pytest.approx(1.0)
+    assert base[1] < 0.5
 
 
 def test_hard_negatives_fall_faster_than_with_the_mean_of_all():

@@ -158,21 +158,34 @@ def from_full_logits(model, rows):
     return torch.stack(found).view(len(rows), -1)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def in_double(model):
+    """Return the model in float64 throughout: transformers' norms compute in float32 whatever their input."""
+    for parent in list(model.modules()):
+        for name, norm in list(parent.named_children()):
+            if type(norm).__name__.endswith("RMSNorm"):
+                exact = torch.nn.RMSNorm(norm.weight.shape, eps=norm.variance_epsilon)
+                exact.weight = norm.weight
+                setattr(parent, name, exact)
+    return model.double()
+
+
+# Eager attention has its softmax in float32, which leaves differences of rounding.
+@pytest.mark.parametrize(("attention", "atol"), [("sdpa", 1e-12), ("eager", 1e-5)])
 @pytest.mark.parametrize("architecture", ["qwen2", "llama"])
 @pytest.mark.parametrize("negatives", [1, 3, 15])
-def test_layouts_are_equal(tokenizer, architecture, attention, negatives):
-    model = tiny_causal_lm(tokenizer, architecture=architecture, hidden=32, attn_implementation=attention).double()
+def test_layouts_are_equal(tokenizer, architecture, attention, atol, negatives):
+    model = in_double(tiny_causal_lm(tokenizer, architecture=architecture, hidden=32, attn_implementation=attention))
     rows = random_rows([7, 1, 12], negatives)
     weight = torch.randn(3, 1 + negatives, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     exact = from_full_logits(model, rows)
+    assert exact.dtype == torch.float64
     exact_grads = torch.autograd.grad((weight * exact).sum(), list(model.parameters()))
     for layout in ("packed", "concatenated"):
         logps = completion_logps(model, MultiNegativeCollator(0, layout=layout)(rows))
-        torch.testing.assert_close(logps, exact, rtol=0, atol=1e-12)
+        torch.testing.assert_close(logps, exact, rtol=0, atol=atol)
         grads = torch.autograd.grad((weight * logps).sum(), list(model.parameters()))
         for got, want in zip(grads, exact_grads, strict=True):
-            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
+            torch.testing.assert_close(got, want, rtol=0, atol=10 * atol)
 
 
 def test_scaled_and_capped_logits(tokenizer):
@@ -195,11 +208,11 @@ def test_scaled_and_capped_logits(tokenizer):
         Gemma2ForCausalLM(Gemma2Config(**sizes, final_logit_softcapping=0.1, sliding_window=64)),
     )
     for model in models:
-        model = model.double().eval()  # noqa: PLW2901
+        model = model.double().eval()
         rows = random_rows([5, 9], 2)
         for layout in ("packed", "concatenated"):
             logps = completion_logps(model, MultiNegativeCollator(0, layout=layout)(rows))
-            torch.testing.assert_close(logps, from_full_logits(model, rows), rtol=0, atol=1e-10)
+            torch.testing.assert_close(logps, from_full_logits(model, rows), rtol=0, atol=1e-6)
 
 
 def test_number_of_tokens():
@@ -258,6 +271,7 @@ def test_a_model_that_has_learned_stays_a_model(tokenizer):
     assert torch.equal(twin(ids).logits, before)
 
 
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.* is deprecated:FutureWarning")
 def test_models_that_cannot_be_used(tokenizer, build):
     batch = MultiNegativeCollator(0)(random_rows([4], 2))
     model = tiny_causal_lm(tokenizer, hidden=32, tie_word_embeddings=False)
@@ -445,9 +459,7 @@ def test_log_probabilities_that_are_not_finite(build, data, tokenizer):
     rows = lists()
     rows[7]["rejected"][1] = "zz"
     trainer = build(model=model, train_dataset=Dataset.from_list(rows), max_steps=3)
-    with pytest.raises(
-        ValueError, match="under the reference must be finite, got nan for rejected completion 1 of row 7 of"
-    ):
+    with pytest.raises(ValueError, match="under the reference must be finite, got nan in row 7 of the data set"):
         trainer.train()
 
 
@@ -461,7 +473,7 @@ class Pairs(PreferenceLoss):
 
 
 def test_losses_and_arguments_that_do_not_fit(build, tokenizer):
-    with pytest.raises(ValueError, match="method 'dpo' takes pairs: .* use pref_opt.trl.PreferenceTrainer"):
+    with pytest.raises(ValueError, match=r"method 'dpo' takes pairs: .* use pref_opt.trl.PreferenceTrainer"):
         build("dpo")
     with pytest.raises(ValueError, match="method 'Pairs' takes pairs"):
         build(loss=Pairs())
@@ -534,7 +546,6 @@ def catalogue(count, seed, negatives=3):
     return Dataset.from_list(rows)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("method", ["sdpo", "dmpo", "dynamic_po", "napo"])
 def test_learns_a_tiny_catalogue(build, method):
     trainer = build(
