@@ -1,7 +1,7 @@
 """Preference data: reading, checking, converting, splitting, and cutting long prompts from the left.
 
 Everything here ends in TRL's form: rows with `prompt`, `chosen` and `rejected`, as texts or as conversations (lists of messages
-with `role` and `content`). For losses with K negatives `rejected` is a list of K texts. Rows of HH dialogues, GSM8K answers
+with `role` and `content`). For losses with K negatives `rejected` is a list of K texts or conversations. Rows of HH dialogues, GSM8K answers
 and LastFM candidate lists can be converted.
 
 Needs `datasets`, which `pip install pref-opt[trl]` brings. Documentation: `docs/guides/preference-training.md`.
@@ -78,11 +78,11 @@ def check_preferences(dataset: Dataset | Iterable[Mapping[str, Any]]) -> None:
     Source: the mistakes that users of preference trainers report most.
 
     Args:
-        dataset: Rows with `prompt`, `chosen` and `rejected`; `rejected` may be a list of texts, equally many in every row.
+        dataset: Rows with `prompt`, `chosen` and `rejected`; `rejected` may be a list of them, equally many in every row.
 
     Raises:
         ValueError: If there are no rows, or a row lacks a column, has an empty `chosen` or `rejected`, the same text as
-            both, a value that is neither text nor messages, or another number of rejected texts than the first row. The
+            both, a value that is neither text nor messages, or another number of rejected completions than the first row. The
             message names the row, counted from 0.
 
     Examples:
@@ -196,7 +196,7 @@ def _check_row(where: str, row: Mapping[str, Any]) -> tuple[str, int]:
     if missing:
         raise ValueError(f"{where}: no column {', '.join(missing)}; got {', '.join(sorted(row))}")
     prompt, chosen, rejected = (row[name] for name in _COLUMNS)
-    several = _is_list_of(rejected, str)
+    several = _is_several(rejected)
     form = "texts" if isinstance(prompt, str) else "conversations"
     completions = rejected if several else [rejected]
     for name, value in (("prompt", prompt), ("chosen", chosen), *(("rejected", entry) for entry in completions)):
@@ -208,7 +208,7 @@ def _check_row(where: str, row: Mapping[str, Any]) -> tuple[str, int]:
         raise ValueError(f"{where}: rejected is empty")
     if chosen in completions:
         raise ValueError(f"{where}: chosen and rejected are identical: {_last_text(chosen)[:80]!r}")
-    return ("lists of texts" if several else form), len(completions)
+    return (f"lists of {form}" if several else form), len(completions)
 
 
 def _wanted(form: str) -> str:
@@ -219,6 +219,11 @@ def _is_list_of(value: Any, kind: type) -> bool:
     return (
         isinstance(value, Sequence) and not isinstance(value, str) and all(isinstance(entry, kind) for entry in value)
     )
+
+
+def _is_several(rejected: Any) -> bool:
+    """Return whether these are several completions: a list of texts, or of lists of messages."""
+    return _is_list_of(rejected, str) or _is_list_of(rejected, list)
 
 
 def _is_messages(value: Any) -> bool:
@@ -425,6 +430,7 @@ def lastfm_lists(
     num_negatives: int | None = None,
     show_candidates: bool = True,
     max_history: int = 10,
+    conversational: bool = False,
     seed: int = 0,
 ) -> Dataset:
     r"""Convert LastFM candidate lists to rows with one chosen and K rejected artists.
@@ -438,10 +444,11 @@ def lastfm_lists(
         num_negatives: K, drawn without repetition; None takes all other candidates (19).
         show_candidates: List the candidates in the prompt.
         max_history: Most artists of the history in the prompt, the latest ones, >= 1.
+        conversational: Return conversations instead of texts.
         seed: Seed of the drawing.
 
     Returns:
-        Rows with `prompt`, `chosen` (text), `rejected` (list of K texts) and `ids` (position in the file).
+        Rows with `prompt`, `chosen`, `rejected` (a list of K) and `ids` (position in the file).
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -473,7 +480,8 @@ def lastfm_lists(
         if num_negatives is not None:
             others = [others[i] for i in sorted(random.permutation(len(others))[:num_negatives])]
         prompt = _listening_prompt(history[-max_history:], items if show_candidates else [])
-        rows.append({"prompt": prompt, "chosen": target, "rejected": others, "ids": number - 1})
+        form = _chat_row if conversational else _text_row
+        rows.append({**form(prompt, target, others), "ids": number - 1})
     if not rows:
         raise ValueError(f"{path}: no rows")
     return _from_rows(rows)
@@ -516,19 +524,24 @@ def lastfm_pairs(
         ...     lastfm_pairs(path)[0]["rejected"]
         'Hope'
     """
-    lists = lastfm_lists(path, num_negatives=1, show_candidates=show_candidates, max_history=max_history, seed=seed)
-    rows = [{**row, "rejected": row["rejected"][0]} for row in lists]
-    if conversational:
-        rows = [
-            {
-                **row,
-                "prompt": [{"role": "user", "content": row["prompt"].strip()}],
-                "chosen": _said(row["chosen"]),
-                "rejected": _said(row["rejected"]),
-            }
-            for row in rows
-        ]
-    return _from_rows(rows)
+    lists = lastfm_lists(
+        path,
+        num_negatives=1,
+        show_candidates=show_candidates,
+        max_history=max_history,
+        conversational=conversational,
+        seed=seed,
+    )
+    return _from_rows([{**row, "rejected": row["rejected"][0]} for row in lists])
+
+
+def _text_row(prompt: str, chosen: str, rejected: list[str]) -> dict[str, Any]:
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def _chat_row(prompt: str, chosen: str, rejected: list[str]) -> dict[str, Any]:
+    asked = [{"role": "user", "content": prompt.strip()}]
+    return {"prompt": asked, "chosen": _said(chosen), "rejected": [_said(text) for text in rejected]}
 
 
 def _turns(where: str, dialogue: str) -> list[dict[str, str]]:
@@ -703,7 +716,7 @@ def truncate_prompts(
 def _longest(tokenizer: PreTrainedTokenizerBase, row: Mapping[str, Any]) -> int:
     """Return the tokens of a prompt with its longest completion; texts get an end-of-sequence token."""
     prompt, rejected = row["prompt"], row["rejected"]
-    completions = [row["chosen"], *(rejected if _is_list_of(rejected, str) else [rejected])]
+    completions = [row["chosen"], *(rejected if _is_several(rejected) else [rejected])]
     extra = 1 if isinstance(prompt, str) else 0
     return max(_size(tokenizer, prompt + completion) for completion in completions) + extra
 

@@ -281,7 +281,7 @@ def test_padding_does_not_change_scores(model, tokenizer):
 def test_scores_are_those_of_the_trainer(model, tokenizer, tmp_path, chat):
     from trl import DPOConfig, DPOTrainer
 
-    limit = 56 if chat else 24  # cuts the end of some answers, and leaves every prompt
+    limit = 32 if chat else 15  # cuts the end of some answers, and leaves every prompt
     data = Dataset.from_list(rows(8, chat=chat)).remove_columns(["rm_margin", "id"])
     args = DPOConfig(
         str(tmp_path), per_device_train_batch_size=8, max_length=limit, bf16=False, use_cpu=True, report_to="none",
@@ -815,8 +815,9 @@ def test_selected_pairs_teach_at_least_as_much_as_random_ones():
         best, drawn = chosen["alignment_potential"].numpy(), chosen["random"].numpy()
         assert explicit[best].mean() > explicit[drawn].mean()
         assert np.abs(implicit[best]).mean() < np.abs(implicit[drawn]).mean()
-    print(accuracies)
-    assert np.mean(accuracies["alignment_potential"]) >= np.mean(accuracies["random"]) > 0.55
+    # Measured: 0.86 and 0.77; always preferring one answer gives 0.5.
+    assert np.mean(accuracies["alignment_potential"]) > np.mean(accuracies["random"]) + 0.02
+    assert np.mean(accuracies["random"]) > 0.65
 
 
 def test_rows_of_the_file_are_plain_json(model, tokenizer, tmp_path):

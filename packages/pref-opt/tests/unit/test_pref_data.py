@@ -33,6 +33,7 @@ CHAT = {
     "rejected": [{"role": "assistant", "content": "3"}],
 }
 LISTS = {"prompt": "1+1=", "chosen": "2", "rejected": ["3", "4"]}
+CHAT_LISTS = CHAT | {"rejected": [[{"role": "assistant", "content": text}] for text in ("3", "4")]}
 
 
 def lines(path: Path, rows: list[Any]) -> Path:
@@ -43,7 +44,7 @@ def lines(path: Path, rows: list[Any]) -> Path:
 # --- check ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("row", [PAIR, CHAT, LISTS])
+@pytest.mark.parametrize("row", [PAIR, CHAT, LISTS, CHAT_LISTS])
 def test_good_rows_pass_as_rows_and_as_dataset(row):
     check_preferences([row, row])
     check_preferences(Dataset.from_list([row, row]))
@@ -96,9 +97,9 @@ def test_bad_conversations_and_sets():
 # --- files ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("row", [PAIR, CHAT, LISTS])
+@pytest.mark.parametrize("row", [PAIR, CHAT, LISTS, CHAT_LISTS])
 def test_written_rows_are_read_again(tmp_path, row):
-    rows = [row, row | {"chosen": row["chosen"] if row is CHAT else "zwei ü\u2028"}]
+    rows = [row, row | {"chosen": row["chosen"] if row in (CHAT, CHAT_LISTS) else "zwei ü\u2028"}]
     write_preferences(rows, tmp_path / "a" / "rows.jsonl")
     assert read_preferences(tmp_path / "a" / "rows.jsonl").to_list() == rows
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["rows.jsonl"]
@@ -286,6 +287,9 @@ def test_lists_of_candidates(tmp_path):
     drawn = lastfm_lists(tmp_path / "l.json", num_negatives=2, seed=1)
     assert {len(set(row)) for row in drawn["rejected"]} == {2}
     assert len({tuple(row) for row in drawn["rejected"]}) == 3
+    chats = lastfm_lists(tmp_path / "l.json", conversational=True)
+    assert chats[0]["rejected"][1] == [{"role": "assistant", "content": "X"}]
+    check_preferences(chats)
     short = lastfm_lists(tmp_path / "l.json", show_candidates=False, max_history=2)[0]["prompt"]
     assert "A" not in short.splitlines()
     assert {"B", "C"} <= set(short.splitlines())
