@@ -32,6 +32,7 @@ __all__ = [
     "Converted",
     "Truncated",
     "check_preferences",
+    "flip_pairs",
     "gsm8k_preferences",
     "hh_preferences",
     "lastfm_lists",
@@ -414,14 +415,10 @@ def gsm8k_preferences(
         prompt: Any = question + "\n"
         if conversational:
             prompt, pair = [{"role": "user", "content": question}], [_said(text) for text in pair]  # type: ignore[misc]
-        rows.append({"prompt": prompt, "chosen": pair[0], "rejected": pair[1], "flipped": False})
+        rows.append({"prompt": prompt, "chosen": pair[0], "rejected": pair[1]})
     if not rows:
         raise ValueError(f"{path}: no rows")
-    order = np.random.default_rng([seed, 1]).permutation(len(rows))
-    for index in order[: round(flip_rate * len(rows))]:
-        flipped = rows[index]
-        flipped |= {"chosen": flipped["rejected"], "rejected": flipped["chosen"], "flipped": True}
-    return _from_rows(rows)
+    return flip_pairs(_from_rows(rows), rate=flip_rate, seed=seed)
 
 
 def lastfm_lists(
@@ -603,6 +600,44 @@ def _listening_prompt(history: list[str], candidates: list[str]) -> str:
 
 
 # --- splitting and cutting -------------------------------------------------------------------------------------------
+
+
+def flip_pairs(dataset: Dataset, *, rate: float, seed: int = 0) -> Dataset:
+    r"""Exchange chosen and rejected of some pairs, for studies of label noise.
+
+    $$\text{round}(\text{rate}\cdot N)$$
+
+    rows, drawn without repetition, so that the share of wrong labels is known exactly.
+
+    Args:
+        dataset: Pairs.
+        rate: Share in [0, 1].
+        seed: Seed of the drawing.
+
+    Returns:
+        The rows in the same order, with a column `flipped`.
+
+    Raises:
+        ValueError: If `rate` is outside [0, 1], or `rejected` is a list of completions.
+
+    Examples:
+        >>> from datasets import Dataset
+        >>> from pref_opt.data import flip_pairs
+        >>> pairs = Dataset.from_dict({"prompt": ["1+1="], "chosen": ["2"], "rejected": ["3"]})
+        >>> flip_pairs(pairs, rate=1.0)[0]
+        {'prompt': '1+1=', 'chosen': '3', 'rejected': '2', 'flipped': True}
+    """
+    check_fraction("rate", rate)
+    rows = dataset.to_list()
+    if rows and _is_several(rows[0]["rejected"]):
+        raise ValueError("dataset must hold pairs, but rejected is a list of completions")
+    chosen = np.random.default_rng([seed, 1]).permutation(len(rows))[: round(rate * len(rows))]
+    for row in rows:
+        row["flipped"] = False
+    for index in chosen:
+        row = rows[index]
+        row |= {"chosen": row["rejected"], "rejected": row["chosen"], "flipped": True}
+    return _from_rows(rows)
 
 
 def split_rows(
