@@ -278,11 +278,13 @@ def _draw(axis: Any, graph: Explanation) -> None:
     axis.add_collection(LineCollection(lines, colors=colors(_spread(scores, len(lines))), linewidths=1.6, zorder=2))
     nodes = None if node_mask is None else node_mask.double().mean(1).numpy()
     area = 1800 / (graph.num_nodes + 10)
-    axis.scatter(*xy.T, s=area, c=colors(_spread(nodes, len(xy))), linewidths=0, zorder=3)
+    axis.scatter(*xy.T, s=area, c=colors(_spread(nodes, len(xy))), linewidths=0, zorder=3, clip_on=False)
     truth = graph.get("node_gt")
     if truth is not None:
         ringed = xy[truth.bool().numpy()]
-        axis.scatter(*ringed.T, s=2.6 * area, facecolors="none", edgecolors=_INK, linewidths=1.4, zorder=4)
+        axis.scatter(
+            *ringed.T, s=2.6 * area, facecolors="none", edgecolors=_INK, linewidths=1.4, zorder=4, clip_on=False
+        )
     axis.set_aspect("equal")
     axis.margins(0.08)
 

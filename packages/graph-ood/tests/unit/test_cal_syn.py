@@ -38,7 +38,7 @@ def test_cal_beats_its_backbone_where_the_base_goes_with_the_class():
     # graphs choose epochs by chance.
     accuracy = {True: [], False: []}
     for seed in range(3):
-        train, val, test = syn(0.9, seed, val_total=8000)
+        train, val, test = syn(0.9, seed, val_total=4000)
         for cal, values in accuracy.items():
             model = trained(train, val, seed, cal=cal, hidden=64, epochs=30)
             values.append(evaluate(model.predict if cal else model, DataLoader(test, 256)))
