@@ -258,7 +258,8 @@ def _distances(edges: NDArray[np.int64], num_nodes: int) -> NDArray[np.float64]:
     from scipy.sparse import coo_array  # type: ignore[import-untyped]
     from scipy.sparse.csgraph import shortest_path  # type: ignore[import-untyped]
 
-    adjacency = coo_array((np.ones(edges.shape[1]), (edges[0], edges[1])), shape=(num_nodes, num_nodes)).tocsr()
+    start, end = edges.astype(np.int32)  # scipy before 1.13 takes 32-bit places only
+    adjacency = coo_array((np.ones(edges.shape[1]), (start, end)), shape=(num_nodes, num_nodes)).tocsr()
     distance: NDArray[np.float64] = shortest_path(adjacency, directed=False, unweighted=True)
     apart = np.isinf(distance)
     distance[apart] = distance[~apart].max() + 1
