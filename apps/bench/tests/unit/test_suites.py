@@ -87,7 +87,7 @@ def test_expected_times_keep_the_budgets_of_two_jobs():
     assert minutes_of_two_jobs(load_suite("quick")) <= 2.5
     cpu = load_suite("cpu")
     for package in {case.package for case in cpu}:
-        assert minutes_of_two_jobs(case for case in cpu if case.package == package) <= 75
+        assert minutes_of_two_jobs(case for case in cpu if case.package == package) <= 70
 
 
 @pytest.mark.parametrize("root", [None, Path("/nowhere")])

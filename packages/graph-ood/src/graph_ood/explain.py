@@ -258,7 +258,8 @@ def _distances(edges: NDArray[np.int64], num_nodes: int) -> NDArray[np.float64]:
     from scipy.sparse import coo_array  # type: ignore[import-untyped]
     from scipy.sparse.csgraph import shortest_path  # type: ignore[import-untyped]
 
-    adjacency = coo_array((np.ones(edges.shape[1]), (edges[0], edges[1])), shape=(num_nodes, num_nodes)).tocsr()
+    start, end = edges.astype(np.int32)  # scipy before 1.13 takes 32-bit places only
+    adjacency = coo_array((np.ones(edges.shape[1]), (start, end)), shape=(num_nodes, num_nodes)).tocsr()
     distance: NDArray[np.float64] = shortest_path(adjacency, directed=False, unweighted=True)
     apart = np.isinf(distance)
     distance[apart] = distance[~apart].max() + 1
@@ -278,11 +279,13 @@ def _draw(axis: Any, graph: Explanation) -> None:
     axis.add_collection(LineCollection(lines, colors=colors(_spread(scores, len(lines))), linewidths=1.6, zorder=2))
     nodes = None if node_mask is None else node_mask.double().mean(1).numpy()
     area = 1800 / (graph.num_nodes + 10)
-    axis.scatter(*xy.T, s=area, c=colors(_spread(nodes, len(xy))), linewidths=0, zorder=3)
+    axis.scatter(*xy.T, s=area, c=colors(_spread(nodes, len(xy))), linewidths=0, zorder=3, clip_on=False)
     truth = graph.get("node_gt")
     if truth is not None:
         ringed = xy[truth.bool().numpy()]
-        axis.scatter(*ringed.T, s=2.6 * area, facecolors="none", edgecolors=_INK, linewidths=1.4, zorder=4)
+        axis.scatter(
+            *ringed.T, s=2.6 * area, facecolors="none", edgecolors=_INK, linewidths=1.4, zorder=4, clip_on=False
+        )
     axis.set_aspect("equal")
     axis.margins(0.08)
 

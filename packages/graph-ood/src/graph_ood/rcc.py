@@ -395,7 +395,8 @@ def _knn_edges(points: Array, k: int, metric: str) -> IntArray:
     twin, next_twin = identical_pairs(points).T
     entries = np.concatenate([np.maximum(length.ravel(), tiny), np.full(len(twin), tiny)])
     place = (np.concatenate([row, twin]), np.concatenate([column, next_twin]))
-    tree = minimum_spanning_tree(sp.csr_array((entries, place), shape=(n, n)))
+    # scipy before 1.13 takes 32-bit places only
+    tree = minimum_spanning_tree(sp.csr_array((entries, [p.astype(np.int32) for p in place]), shape=(n, n)))
     linked = sp.triu(near.minimum(near.T) + tree + tree.T, k=1).tocoo()
     return _sorted_pairs(linked.row, linked.col)
 

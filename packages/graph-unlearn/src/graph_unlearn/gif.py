@@ -825,11 +825,17 @@ def _unchanged(
         relative_residual=0.0,
         undamped_relative_residual=0.0,
     )
-    return UnlearnResult(copy.deepcopy(model), delta, after, affected, solve, clock.finish())
+    return UnlearnResult(_copy(model), delta, after, affected, solve, clock.finish())
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    # PyG 2.6 initialises the layers of a copy before it fills them, and so draws random numbers
+    with torch.random.fork_rng(devices=[]):
+        return copy.deepcopy(model)
 
 
 def _moved(model: nn.Module, params: dict[str, Tensor], delta: dict[str, Tensor]) -> nn.Module:
-    new = copy.deepcopy(model)
+    new = _copy(model)
     named = dict(new.named_parameters())
     with torch.no_grad():
         for name, value in ihvp.apply_delta(params, delta).items():

@@ -102,12 +102,12 @@ def quick() -> tuple[Case, ...]:
 def cpu() -> tuple[Case, ...]:
     """The convex check and the utility of four networks, on Cora and CiteSeer."""
     checks = tuple(
-        _convex_case(dataset, l2, ratio, tuple(_CONVEX), seeds=tuple(range(10)), expected=1.7)
+        _convex_case(dataset, l2, ratio, tuple(_CONVEX), seeds=tuple(range(10)), expected=4)
         for dataset in ("cora", "citeseer")
         for l2 in (0.1, 1.0, 10.0)
         for ratio in (0.01, 0.05)
     )
-    seconds = {"gcn": 2.0, "sgc": 2.0, "gin": 5.0, "gat": 11.0}
+    seconds = {"gcn": 4.6, "sgc": 4.6, "gin": 6.0, "gat": 11.0}
     return (
         *checks,
         *(
