@@ -38,6 +38,16 @@ def save_loss_state(loss: PreferenceLoss, folder: str | os.PathLike[str]) -> Pat
 
     Raises:
         ValueError: If the state holds something else than tensors, numbers, strings and None.
+
+    Examples:
+        >>> import tempfile
+        >>> from pref_opt.losses import make_loss
+        >>> from pref_opt.trl import load_loss_state, save_loss_state
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = save_loss_state(make_loss("dpo"), folder)
+        ...     load_loss_state(make_loss("dpo"), folder)
+        >>> path.name
+        'preference_loss.safetensors'
     """
     tensors, plain = {}, {}
     for name, value in loss.state_dict().items():
@@ -68,6 +78,9 @@ def load_loss_state(loss: PreferenceLoss, folder: str | os.PathLike[str]) -> Non
 
     Raises:
         ValueError: If the file is missing although the loss has a state, or another method wrote it.
+
+    Examples:
+        See `save_loss_state`.
     """
     path = Path(folder) / STATE_FILE
     if not path.is_file():

@@ -10,16 +10,12 @@ Host: TRL >= 1.16 (`pip install pref-opt[trl]`). Documentation: `docs/guides/pre
 # Without `from __future__ import annotations`: HfArgumentParser reads the annotations of PreferenceConfig.
 
 import copy
-import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
@@ -27,11 +23,10 @@ from trl import DPOConfig  # type: ignore[attr-defined]
 
 from pref_opt import _compat
 from pref_opt._checks import check_choice
-from pref_opt.losses import _BUILT_IN, Logps, LossContext, LossOutput, PreferenceLoss, loss_names, make_loss
+from pref_opt._state import load_loss_state, method_name, method_options, save_loss_state
+from pref_opt.losses import Logps, LossContext, LossOutput, PreferenceLoss, loss_names, make_loss
 
 __all__ = ["PreferenceConfig", "PreferenceTrainer", "load_loss_state", "save_loss_state"]
-
-STATE_FILE = "preference_loss.safetensors"
 
 
 @dataclass
@@ -62,10 +57,10 @@ class PreferenceConfig(DPOConfig):
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, loss_names())
-        self.method_kwargs = _options(self.method_kwargs)
+        self.method_kwargs = method_options(self.method_kwargs)
         _compat.use_new_names(self)
         super().__post_init__()  # type: ignore[no-untyped-call]
-        _compat.refuse_ignored_options(self)
+        _compat.refuse_ignoredmethod_options(self)
 
 
 class PreferenceTrainer(_compat.HostTrainer):
@@ -148,7 +143,7 @@ class PreferenceTrainer(_compat.HostTrainer):
     def _check_reference(self, ref_model: PreTrainedModel | None, args: PreferenceConfig) -> None:
         if self.loss.requires_reference:
             return
-        name = _method_name(self.loss)
+        name = method_name(self.loss)
         if ref_model is not None:
             raise ValueError(
                 f"ref_model must be None: method {name!r} needs no reference, got {type(ref_model).__name__}"
@@ -335,107 +330,13 @@ class _LossStateCallback(TrainerCallback):
             save_loss_state(self.loss, Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
 
 
-def save_loss_state(loss: PreferenceLoss, folder: str | os.PathLike[str]) -> Path:
-    """Write the state of a loss to `preference_loss.safetensors` in `folder`, all of it or nothing.
-
-    Tensors are stored as tensors; plain numbers and the name of the method are JSON in the metadata of the file.
-
-    Args:
-        loss: Loss object.
-        folder: An existing folder, usually `checkpoint-N`.
-
-    Returns:
-        Path of the file.
-
-    Raises:
-        ValueError: If the state holds something else than tensors, numbers, strings and None.
-
-    Examples:
-        >>> import tempfile
-        >>> from pref_opt.losses import make_loss
-        >>> from pref_opt.trl import load_loss_state, save_loss_state
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     path = save_loss_state(make_loss("dpo"), folder)
-        ...     load_loss_state(make_loss("dpo"), folder)
-        >>> path.name
-        'preference_loss.safetensors'
-    """
-    tensors, plain = {}, {}
-    for name, value in loss.state_dict().items():
-        if isinstance(value, Tensor):
-            tensors[name] = value.detach().cpu().clone().contiguous()
-        elif value is None or isinstance(value, (bool, int, float, str)):
-            plain[name] = value
-        else:
-            raise ValueError(f"state {name!r} of a loss must be a tensor or a plain number, got {type(value).__name__}")
-    path = Path(folder) / STATE_FILE
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    metadata = {"method": _method_name(loss), "numbers": json.dumps(plain)}
-    try:
-        save_file(tensors, unfinished, metadata=metadata)
-        with unfinished.open("rb") as written:
-            os.fsync(written.fileno())
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return path
-
-
-def load_loss_state(loss: PreferenceLoss, folder: str | os.PathLike[str]) -> None:
-    """Restore the state of a loss from what `save_loss_state` wrote.
-
-    Args:
-        loss: Loss object of the same method; it is changed.
-        folder: Folder of the checkpoint.
-
-    Raises:
-        ValueError: If the file is missing although the loss has a state, or another method wrote it.
-
-    Examples:
-        See `save_loss_state`.
-    """
-    path = Path(folder) / STATE_FILE
-    if not path.is_file():
-        if not loss.state_dict():
-            return
-        raise ValueError(f"{path} is missing: the checkpoint must hold the state of method {_method_name(loss)!r}")
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        state: dict[str, Any] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
-    if metadata.get("method") != _method_name(loss):
-        raise ValueError(
-            f"the checkpoint {folder} was written by method {metadata.get('method')!r}, but {_method_name(loss)!r} is "
-            "trained; resume with the same method, or start from the checkpoint's model instead"
-        )
-    loss.load_state_dict(state | json.loads(metadata["numbers"]))
-
-
-def _method_name(loss: PreferenceLoss) -> str:
-    """Return the built-in name of a loss object, or the name of its class."""
-    place = f"{type(loss).__module__}:{type(loss).__qualname__}"
-    return next((name for name, target in _BUILT_IN.items() if target == place), type(loss).__qualname__)
-
-
-def _options(value: Any) -> dict[str, Any]:
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"method_kwargs must be a dictionary or its JSON, got {value!r}: {error}") from error
-    if value is None:
-        return {}
-    if not isinstance(value, dict):
-        raise ValueError(f"method_kwargs must be a dictionary, got {value!r}")
-    return value
-
-
 def _resolve(loss: PreferenceLoss | str | None, args: PreferenceConfig) -> PreferenceLoss:
     """Return the loss object that was asked for; two different answers are an error."""
     options: Any = args.method_kwargs
     if isinstance(loss, PreferenceLoss):
-        if options or args.method not in ("dpo", _method_name(loss)):
+        if options or args.method not in ("dpo", method_name(loss)):
             raise ValueError(
-                f"loss must not be an object where args name another: got {_method_name(loss)!r} beside "
+                f"loss must not be an object where args name another: got {method_name(loss)!r} beside "
                 f"method={args.method!r}, method_kwargs={options!r}"
             )
         made = loss
@@ -445,7 +346,7 @@ def _resolve(loss: PreferenceLoss | str | None, args: PreferenceConfig) -> Prefe
         made = make_loss(loss or args.method, **options)
     if made.multi_negative:
         raise ValueError(
-            f"method {_method_name(made)!r} needs several rejected completions per prompt: "
+            f"method {method_name(made)!r} needs several rejected completions per prompt: "
             "loss must be pairwise here; use pref_opt.multi_negative.MultiNegativeTrainer"
         )
     return made
