@@ -60,7 +60,7 @@ class PreferenceConfig(DPOConfig):
         self.method_kwargs = method_options(self.method_kwargs)
         _compat.use_new_names(self)
         super().__post_init__()  # type: ignore[no-untyped-call]
-        _compat.refuse_ignoredmethod_options(self)
+        _compat.refuse_ignored_options(self)
 
 
 class PreferenceTrainer(_compat.HostTrainer):
