@@ -29,7 +29,15 @@ from typing import Any, Literal
 import torch
 from datasets import Dataset  # type: ignore[import-untyped]
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from pref_opt._checks import check_choice, check_count
@@ -59,6 +67,8 @@ FEATURES = (
     "rejected_items",
     "history_items",
 )
+# Stored log-probabilities of a row's 1 + K completions under the reference.
+STORED = "ref_logps"
 IGNORED = -100
 PADDING = -1
 # Arguments of the forward pass that gives log-probabilities, as the collator names them.
@@ -91,7 +101,8 @@ def tokenize_lists(
         name: What messages call the data set.
 
     Returns:
-        A data set with `prompt_ids`, `answer_ids` (1 + K lists, the preferred first), `row` (its number) and the features.
+        A data set with `prompt_ids`, `answer_ids` (1 + K lists, the preferred first), `row` (its number), the features, and
+        `ref_logps` if it was there.
 
     Raises:
         ValueError: If there are no rows, a column is missing, or a row has an empty prompt, chosen or rejected, the same text
@@ -118,7 +129,7 @@ def tokenize_lists(
     convert = functools.partial(
         _tokenized, tokenizer=tokenizer, max_length=max_length, num_negatives=num_negatives, name=name
     )
-    unused = [column for column in dataset.column_names if column not in kept]
+    unused = [column for column in dataset.column_names if column not in (*kept, STORED)]
     return dataset.map(convert, with_indices=True, remove_columns=unused, desc=f"Tokenizing {name}")
 
 
@@ -180,6 +191,8 @@ def _check_row(row: Mapping[str, Any], num_negatives: int, where: str) -> None:
             raise ValueError(f"{where}: {column} is empty")
     if chosen in rejected:
         raise ValueError(f"{where}: chosen and one of rejected are identical: {chosen!r}")
+    if STORED in row and len(row[STORED]) != 1 + num_negatives:
+        raise ValueError(f"{where}: {STORED} must have {1 + num_negatives} numbers, got {len(row[STORED])}")
 
 
 def _is_empty(value: str | list[Any]) -> bool:
@@ -234,8 +247,8 @@ class MultiNegativeCollator:
     """Make batches of tokenised lists in one of the two layouts.
 
     All tensors of a batch of B rows with K negatives: `lengths` (B, 1 + K), the tokens of the completions, the preferred
-    first; `rows` (B,), their numbers in the data set; `features`, a dictionary. There's no `labels`, which would make the
-    trainer count tokens.
+    first; `rows` (B,), their numbers in the data set; `features`, a dictionary; `ref_logps` (B, 1 + K) where rows have them.
+    There's no `labels`, which would make the trainer count tokens.
 
     - Concatenated: `input_ids`, `attention_mask` and `targets` ((1 + K) B, L), padded on the right: first the B preferred
       completions with their prompts, then the B first negatives, and so on. `targets` holds what each position predicts,
@@ -287,6 +300,8 @@ class MultiNegativeCollator:
         batch["rows"] = torch.tensor([row["row"] for row in rows])
         names = [name for name in FEATURES if name in rows[0]] if self.features is None else self.features
         batch["features"] = {name: _stacked(name, rows) for name in names}
+        if STORED in rows[0]:
+            batch[STORED] = _stacked(STORED, rows)
         return batch
 
     def _concatenated(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
@@ -515,7 +530,10 @@ class MultiNegativeConfig(TrainingArguments):
         max_length: Most tokens of a prompt with one completion, >= 2; None for no limit.
         layout: `"packed"` or `"concatenated"`.
         feature_columns: Columns that the loss reads; None takes those that losses of this package read.
-        disable_dropout: Set all dropout rates of policy and reference to 0.
+        disable_dropout: Set the rates of all dropout layers of policy and reference to 0.
+        precompute_ref_log_probs: Compute what the reference says once, before training, and let go of the reference. Data
+            sets that have a column `ref_logps` (1 + K sums over tokens per row, nats, the preferred completion first) keep
+            theirs; without this option the column isn't read.
 
     Raises:
         ValueError: If the method or layout is unknown, `method_kwargs` isn't a dictionary, or `max_length` < 2.
@@ -533,7 +551,10 @@ class MultiNegativeConfig(TrainingArguments):
     max_length: int | None = field(default=512, metadata={"help": "Most tokens of a prompt with one completion."})
     layout: str = field(default="packed", metadata={"help": "'packed' (the prompt once) or 'concatenated'."})
     feature_columns: list[str] | None = field(default=None, metadata={"help": "Columns that the loss reads."})
-    disable_dropout: bool = field(default=True, metadata={"help": "Set all dropout rates to 0."})
+    disable_dropout: bool = field(default=True, metadata={"help": "Set the rates of all dropout layers to 0."})
+    precompute_ref_log_probs: bool = field(
+        default=False, metadata={"help": "Compute log-probabilities under the reference once, before training."}
+    )
 
     def __post_init__(self) -> None:
         check_choice("method", self.method, loss_names())
@@ -554,12 +575,13 @@ class MultiNegativeTrainer(Trainer):
       that the loss reads; see `tokenize_lists`.
     - **Reference**: the model that is given; otherwise, with adapters, the model without them; otherwise a copy of the model
       as it is now. Losses that need none get none. An adapter that was trained before has to be merged, or its model given
-      as the reference.
+      as the reference. With `precompute_ref_log_probs` no copy is made: the column `ref_logps` of `trainer.train_dataset`
+      holds what the reference says, and a data set saved with it needn't be scored again.
     - **Losses** that tie rows to each other see the micro-batch of all processes. Their state is written into every
       checkpoint and restored by `train(resume_from_checkpoint=...)`. Evaluation computes the loss with its state frozen.
     - **Logs** beside those of the trainer: `rewards/chosen`, `rewards/rejected`, `rewards/accuracies` (the share of rows whose
       preferred completion is above all others), `rewards/margins` (to the mean of the others), `logps/chosen`,
-      `logps/rejected`, `num_tokens`, and what the loss reports.
+      `logps/rejected`, `num_tokens` (since training was started or resumed), and what the loss reports.
 
     Args:
         model: Causal model of transformers, or one with adapters of PEFT.
@@ -573,21 +595,23 @@ class MultiNegativeTrainer(Trainer):
         **kwargs: Further arguments of `Trainer`: `callbacks`, `optimizers` and others.
 
     Raises:
-        ValueError: If the loss takes pairs or looks at whole optimiser steps, a reference is given that nobody reads, the model
-            can't be used in the layout, or the data have rows that can't be trained on; in training, if a log-probability
-            isn't finite. The message names the row.
+        ValueError: If the loss takes pairs or looks at whole optimiser steps, a reference is given or precomputed that nobody
+            reads, the model can't be used in the layout, or the data have rows that can't be trained on; in training, if a
+            log-probability isn't finite. The message names the row.
 
     Examples:
+        >>> import tempfile
         >>> from datasets import Dataset
         >>> from pref_opt.multi_negative import MultiNegativeConfig, MultiNegativeTrainer
         >>> from pref_opt.tiny import tiny_causal_lm, tiny_tokenizer
         >>> rows = Dataset.from_list([{"prompt": "2+2=", "chosen": "4", "rejected": ["3", "5", "22"]}] * 4)
         >>> tokenizer = tiny_tokenizer()
-        >>> args = MultiNegativeConfig("out", method="mppo", use_cpu=True, report_to="none")
-        >>> trainer = MultiNegativeTrainer(
-        ...     tiny_causal_lm(tokenizer), args=args, train_dataset=rows, processing_class=tokenizer
-        ... )
-        >>> trainer.ref_model is None  # and trainer.train() would go on
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     args = MultiNegativeConfig(folder, method="mppo", use_cpu=True, report_to="none")
+        ...     trainer = MultiNegativeTrainer(
+        ...         tiny_causal_lm(tokenizer), args=args, train_dataset=rows, processing_class=tokenizer
+        ...     )
+        ...     trainer.ref_model is None  # and trainer.train() would go on
         True
     """
 
@@ -616,14 +640,17 @@ class MultiNegativeTrainer(Trainer):
         if processing_class is None:
             raise ValueError("processing_class must be the tokenizer of the model, got None")
         self.loss = _resolved(loss, args)
-        self._check_reference(ref_model, model)
-        model, ref_model = _with_reference(model, ref_model, peft_config, needed=self.loss.requires_reference)
+        self._check_reference(ref_model, model, args)
+        set_seed(args.seed)  # for the weights of a new adapter; the trainer does so too, later
+        copied = self.loss.requires_reference and not args.precompute_ref_log_probs
+        model, ref_model = _with_reference(model, ref_model, peft_config, needed=copied)
         for one in (model, ref_model):
             self._make_ready(one, args)
         self.tokenizer_of_lists = processing_class
         self._features = args.feature_columns
         self._metrics: dict[str, dict[str, list[Tensor]]] = {"train": defaultdict(list), "eval": defaultdict(list)}
         self._num_tokens = 0
+        self._precomputed = False
         self.args = args
         collator = MultiNegativeCollator(
             _padding_token(processing_class),
@@ -643,10 +670,18 @@ class MultiNegativeTrainer(Trainer):
         self.model_accepts_loss_kwargs = False
         self.ref_model = None if ref_model is None else self.accelerator.prepare_model(ref_model, evaluation_mode=True)
         self.add_callback(_LossStateCallback(self.loss))
+        if args.precompute_ref_log_probs:
+            self._precompute()
 
     # --- what is trained -------------------------------------------------------------------------------------------
 
-    def _check_reference(self, ref_model: Any, model: Any) -> None:
+    def _check_reference(self, ref_model: Any, model: Any, args: MultiNegativeConfig) -> None:
+        if args.precompute_ref_log_probs and not self.loss.requires_reference:
+            raise ValueError(
+                f"precompute_ref_log_probs must be off for method {method_name(self.loss)!r}, which needs no reference"
+            )
+        if args.precompute_ref_log_probs and (args.fsdp or args.deepspeed):
+            raise ValueError("precompute_ref_log_probs must be off with FSDP or DeepSpeed, which split the model later")
         if ref_model is not None and not self.loss.requires_reference:
             raise ValueError(
                 f"ref_model must be None for method {method_name(self.loss)!r}, which needs no reference, "
@@ -678,6 +713,29 @@ class MultiNegativeTrainer(Trainer):
             return tokenize_lists(
                 dataset, self.tokenizer_of_lists, max_length=self.args.max_length, features=self._features, name=name
             )
+
+    def _precompute(self) -> None:
+        """Store what the reference says about all completions, and let go of it; the model is still as it was given."""
+        self.train_dataset = self._with_stored(self.train_dataset)
+        if isinstance(self.eval_dataset, dict):
+            self.eval_dataset = {name: self._with_stored(dataset) for name, dataset in self.eval_dataset.items()}
+        else:
+            self.eval_dataset = self._with_stored(self.eval_dataset)
+        self.ref_model = None
+        self._precomputed = True
+
+    def _with_stored(self, dataset: Any) -> Any:
+        if dataset is None or STORED in dataset.column_names:
+            return dataset
+        loader = self.accelerator.prepare_data_loader(
+            DataLoader(dataset, self.args.per_device_eval_batch_size, collate_fn=self.data_collator)
+        )
+        sums = []
+        for batch in loader:
+            with self.accelerator.autocast():
+                found = self._reference(self.model, self._prepare_inputs(batch))
+            sums.append(self.accelerator.gather_for_metrics(found).cpu())
+        return dataset.add_column(STORED, torch.cat(sums).tolist())
 
     # --- loss ------------------------------------------------------------------------------------------------------
 
@@ -712,12 +770,21 @@ class MultiNegativeTrainer(Trainer):
     def _reference(self, model: Any, inputs: Mapping[str, Any]) -> Tensor | None:
         if not self.loss.requires_reference:
             return None
-        if self.ref_model is not None:
+        sums: Tensor
+        if self.args.precompute_ref_log_probs and STORED in inputs:
+            sums = inputs[STORED]
+        elif self.ref_model is not None:
             sums = completion_logps(self.ref_model, inputs)
         else:
             # The bare policy: a second pass through a wrapper may write to buffers that the first has saved.
             policy = self.accelerator.unwrap_model(model)
-            with policy.disable_adapter(), _evaluating(policy):
+            adapted = hasattr(policy, "disable_adapter")
+            if self._precomputed and not adapted:
+                raise ValueError(
+                    f"eval_dataset must be given when the trainer is made, or have the column {STORED!r}: "
+                    "precompute_ref_log_probs has let go of the reference"
+                )
+            with policy.disable_adapter() if adapted else contextlib.nullcontext(), _evaluating(policy):
                 sums = completion_logps(policy, inputs)
         self._check_finite("reference", sums, inputs)
         return sums
