@@ -22,9 +22,9 @@ def syn(bias, seed, test_total=4000, val_total=TOTAL):
     return tuple(list(SynB(bias=bias, split=split, total=total, seed=seed)) for split, total in totals.items())
 
 
-def trained(train, val, seed, *, cal=True, hidden=32, epochs=20):
+def trained(train, val, seed, *, cal=True, hidden=32, epochs=20, conv="gcn"):
     torch.manual_seed(seed)
-    encoder = ProjectedEncoder(10, hidden, 3, "gcn")
+    encoder = ProjectedEncoder(10, hidden, 3, conv)
     model = CAL(10, 4, encoder=encoder) if cal else GraphClassifier(encoder, 4)
     options = {"epochs": epochs, "lr": 2e-3, "scheduler": "cosine", "min_lr": 5e-6, "seed": seed}
     loaders = DataLoader(train, BATCH, shuffle=True), DataLoader(val, 256)
@@ -33,19 +33,27 @@ def trained(train, val, seed, *, cal=True, hidden=32, epochs=20):
 
 
 @pytest.mark.slow
-def test_cal_is_no_worse_than_its_backbone_and_finds_the_motif_where_the_base_goes_with_the_class():
-    # As the cpu case syn-0.9-gcn, whose ten seeds show a gain of two points; three seeds can't resolve it.
-    accuracy, node_auc = {True: [], False: []}, []
+def test_cal_beats_its_backbone_where_the_base_goes_with_the_class():
+    # As the cpu case syn-0.9-gin, whose five seeds show a gain of seven points; with GCN it is two, too few for three seeds.
+    accuracy = {True: [], False: []}
     for seed in range(3):
         train, val, test = syn(0.9, seed, val_total=4000)
         for cal, values in accuracy.items():
-            model = trained(train, val, seed, cal=cal, hidden=64, epochs=30)
+            model = trained(train, val, seed, cal=cal, hidden=64, epochs=30, conv="gin")
             values.append(evaluate(model.predict if cal else model, DataLoader(test, 256)))
-            if cal:
-                data = Batch.from_data_list(test)
-                with torch.no_grad():
-                    node_auc.append(mask_auc(model(data)["node_att"], data.node_gt, data.batch))
-    assert sum(accuracy[True]) / 3 - sum(accuracy[False]) / 3 > -0.01, accuracy
+    assert sum(accuracy[True]) / 3 - sum(accuracy[False]) / 3 > 0.02, accuracy
+
+
+@pytest.mark.slow
+def test_attention_finds_the_motif_where_the_base_goes_with_the_class():
+    # With GCN; with GIN one of these seeds gives its weight to the base.
+    node_auc = []
+    for seed in range(3):
+        train, val, test = syn(0.9, seed, val_total=4000)
+        model = trained(train, val, seed, hidden=64, epochs=30)
+        data = Batch.from_data_list(test)
+        with torch.no_grad():
+            node_auc.append(mask_auc(model(data)["node_att"], data.node_gt, data.batch))
     assert min(node_auc) > 0.9, node_auc
 
 
