@@ -17,7 +17,13 @@ nox.options.reuse_venv = "yes"
 nox.options.sessions = ["lint", "types", "imports", "tests", "golden", "build", "docs"]
 
 ROOT = Path(__file__).parent
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "NO_MKDOCS_2_WARNING": "1"}
+ONE_THREAD = {
+    "OMP_NUM_THREADS": "1",
+    "PYTHONHASHSEED": "0",
+    "NO_MKDOCS_2_WARNING": "1",
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+}
 
 
 def _project(folder: Path) -> dict[str, Any]:

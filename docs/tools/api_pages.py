@@ -102,6 +102,29 @@ AVAILABLE = (
             "spectrum": "Extreme eigenvalues",
         },
     ),
+    Package(
+        "pref-opt",
+        blocks=("baselines", "chunked", "data", "losses", "multi_negative", "scoring", "stats", "tiny", "trl"),
+        summaries={
+            "beta_dpo": "Dynamic beta and filter per batch",
+            "dr_dpo": "Soft minimum over the pairs of a batch, their weights, flipped labels",
+            "alpha_dpo": "SimPO with a margin per pair from moving statistics",
+            "gamma_po": "Margins as shares of a fixed sum, queue of reward gaps",
+            "repo": "ReLU on the length-normalised gap, schedules of the margin",
+            "napo": "Negatives of similar users, dynamic margin, SASRec, ranking metrics",
+            "dynamic_po": "Boundary negatives, a beta for each of them",
+            "alignment_potential": "Scores of pairs, selection, self-play and evolved prompts",
+            "baselines": "DPO and its variants, IPO, KTO on pairs, SimPO, CPO, ORPO, SLiC, S-DPO, DMPO, MPPO",
+            "losses": "Loss objects by name, what a trainer passes to them",
+            "stats": "Moving statistics of reward gaps",
+            "trl": "`PreferenceTrainer` on TRL's DPO trainer",
+            "multi_negative": "`MultiNegativeTrainer`: K negatives, one copy of the prompt",
+            "chunked": "Log-probabilities of sequences without the matrix of logits",
+            "scoring": "Log-probabilities of a preference set under a model",
+            "data": "Converters, checks, flips, splits, truncation",
+            "tiny": "A tokenizer and a model made on the spot",
+        },
+    ),
 )
 
 

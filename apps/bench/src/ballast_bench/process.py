@@ -27,6 +27,8 @@ _ONE_THREAD = dict.fromkeys(
     ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"), "1"
 )
 _POLL_SECONDS = 0.05
+# Libraries of Hugging Face look for a newer file, or report their use, wherever they aren't told to stay here.
+_OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
 
 def specification(cell: Any, data_root: Path | None) -> dict[str, Any]:
@@ -69,7 +71,7 @@ class Worker:
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, **_ONE_THREAD, "PYTHONUNBUFFERED": "1"},
+                env={**os.environ, **_ONE_THREAD, **_OFFLINE, "PYTHONUNBUFFERED": "1"},
                 start_new_session=True,  # Ctrl-C reaches the runner only, which then ends its cells
             )
 

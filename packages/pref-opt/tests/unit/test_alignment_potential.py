@@ -350,8 +350,11 @@ def test_dropout_is_off_while_scoring(tokenizer):
         layer.self_attn.attention_dropout = 0.5
     quiet = score_preferences(model, rows(3), tokenizer)["chosen_logps"][:]
     model.train()
+    model.model.norm.eval()  # a part that somebody keeps frozen
     assert score_preferences(model, rows(3), tokenizer)["chosen_logps"][:] == quiet
     assert model.training
+    assert model.model.layers[0].training
+    assert not model.model.norm.training
 
 
 def test_several_completions_of_a_prompt(model, tokenizer):
@@ -366,6 +369,10 @@ def test_several_completions_of_a_prompt(model, tokenizer):
         completion_logps(model, tokenizer, ["a"], [["b"], ["c"]])
     with pytest.raises(ValueError, match="must all be texts, or all be lists of messages"):
         completion_logps(model, tokenizer, ["a"], [[[{"role": "assistant", "content": "b"}]]])
+    with pytest.raises(ValueError, match="max_length must be an integer >= 1, got 0"):
+        completion_logps(model, tokenizer, ["a"], [["b"]], max_length=0)
+    assert completion_logps(model, tokenizer, [], []) == ([], [])
+    assert [len(part) for part in completion_logps(model, tokenizer, ["a", "b"], [[], ["c"]]).sums] == [0, 1]
 
 
 def test_sources_of_the_explicit_margin(model, tokenizer):
@@ -382,6 +389,17 @@ def test_sources_of_the_explicit_margin(model, tokenizer):
 
 class Stop(Exception):
     pass
+
+
+def test_a_stream_is_read_once(model, tokenizer):
+    data = rows(70)
+    scored = score_preferences(model, (row for row in data), tokenizer, batch_size=1)
+    assert scored.to_list() == score_preferences(model, Dataset.from_list(data), tokenizer, batch_size=1).to_list()
+    stream = Dataset.from_list(data).to_iterable_dataset()
+    assert score_preferences(model, stream, tokenizer, batch_size=1).to_list() == scored.to_list()
+    with pytest.warns(UserWarning, match=r"1 of 4 rows left out \(first: row 0\)"):
+        kept = score_preferences(model, iter(rows(4)[::-1]), tokenizer, max_length=12)
+    assert (kept["id"][:], kept["idx"][:]) == ([2, 1, 0], [1, 2, 3])
 
 
 def test_an_interrupted_scoring_continues(model, tokenizer, tmp_path, monkeypatch):
@@ -418,8 +436,12 @@ def test_a_file_of_something_else_is_not_continued(model, tokenizer, tmp_path):
         score_preferences(tiny_causal_lm(tokenizer, hidden=32, seed=1), rows(4), tokenizer, output=out)
     with pytest.raises(ValueError, match="row 3 differs"):
         score_preferences(model, [*rows(3), rows(5)[4]], tokenizer, output=out)
+    with pytest.raises(ValueError, match="row 2 differs"):
+        score_preferences(model, [*rows(2), {**rows(3)[2], "rm_margin": 9.0}, rows(4)[3]], tokenizer, output=out)
+    with pytest.raises(ValueError, match="reward = False, asked for is True"):
+        score_preferences(model, rows(4), tokenizer, output=out, reward=lambda prompts, texts: torch.zeros(len(texts)))
     assert out.read_text() == before
-    for text in ("notes\n", '{"a": 1}\n', '{"settings": 1}\n'):
+    for text in ("notes\n", '{"a": 1}\n', '{"settings": 1}\n', '{"prompt": "one line"}'):
         (tmp_path / "notes").write_text(text)
         with pytest.raises(ValueError, match="notes is not a file of finished rows"):
             score_preferences(model, rows(4), tokenizer, output=tmp_path / "notes")
@@ -427,6 +449,27 @@ def test_a_file_of_something_else_is_not_continued(model, tokenizer, tmp_path):
     out.write_text(before.replace('"idx": 1', '"idx" 1'))
     with pytest.raises(ValueError, match=r"scores.jsonl:3: not valid JSON"):
         score_preferences(model, rows(4), tokenizer, output=out)
+    out.write_text(before.replace('"idx": 1', '"i": 1'))
+    with pytest.raises(ValueError, match=r"scores.jsonl:3: not a finished row"):
+        score_preferences(model, rows(4), tokenizer, output=out)
+
+
+def test_a_file_that_was_never_finished_is_started_again(model, tokenizer, tmp_path):
+    out = tmp_path / "scores.jsonl"
+    for torn in ("", "{", '{"settings": {"ki'):
+        out.write_text(torn)
+        score_preferences(model, rows(2), tokenizer, output=out)
+        assert len(out.read_text().splitlines()) == 3
+
+
+def test_a_foreign_file_with_a_torn_last_line_is_left_alone(model, tokenizer, tmp_path):
+    out = tmp_path / "scores.jsonl"
+    score_preferences(model, rows(4), tokenizer, output=out)
+    torn = out.read_text()[:-9]
+    out.write_text(torn)
+    with pytest.raises(ValueError, match="max_length = 2048, asked for is 64"):
+        score_preferences(model, rows(4), tokenizer, max_length=64, output=out)
+    assert out.read_text() == torn
 
 
 def test_rows_without_room_for_an_answer_are_left_out(model, tokenizer, tmp_path):
@@ -442,11 +485,12 @@ def test_rows_without_room_for_an_answer_are_left_out(model, tokenizer, tmp_path
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"prompt": "a", "chosen": "b"}, "row 1: no column 'rejected'; got chosen, prompt"),
+        ({"prompt": "a", "chosen": "b"}, "row 1: no column rejected; got chosen, prompt"),
+        ({"prompt": "a", "chosen": "b", "rejected": "b"}, "row 1: chosen and rejected are identical: 'b'"),
         ({"prompt": "a", "chosen": "b", "rejected": " "}, "row 1: rejected is empty"),
         (
             {"prompt": "a", "chosen": "b", "rejected": ["c", "d"]},
-            "row 1: rejected must be a text or a list of messages",
+            "row 1: rejected must be a text or a list of messages, got a list of completions",
         ),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "all_rm_scores": [1.0]}, "row 1: all_rm_scores"),
         (
@@ -602,7 +646,9 @@ def test_pairs_from_several_answers():
             "all_generated_responses": ["a 1", "a 3", "a 2"], "all_rm_scores": [1.0, 3.0, 2.0],
         }
     ]  # fmt: skip
-    assert seen[4] == ("empty", "  ")
+    assert {prompt for prompt, _ in seen} == set(answers) - {"empty"}
+    with pytest.raises(ValueError, match="none of 1 prompts gave a pair: 1 with an empty answer"):
+        build_self_play_pairs(["empty"], lambda prompts, **_: [answers[p] for p in prompts], reward, num_responses=3)
 
 
 def test_what_gave_no_pair_is_counted(caplog):
@@ -644,9 +690,16 @@ def test_conversations_stay_conversations():
     assert evolved["prompt"][1]["content"] != "hello there"
 
 
+USER, ANSWER = {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}
 BAD_PLAY = {
     "no prompts": ([], {}, "prompts is empty"),
+    "one text": ("Add 2 and 2.", {}, "prompts must be a sequence of prompts, got the text 'Add 2 and 2.'"),
+    "number": (["a", 2], {}, r"prompts\[1\] must be a text or a list of messages, got 2"),
+    "answered": ([[USER, ANSWER]], {}, r"prompts\[0\] must be a text or a list of messages"),
+    "mixed": (["a", [USER]], {}, r"prompts must all be texts or all be conversations; prompts\[1\] differs"),
+    "empty": (["a", " "], {}, r"prompts\[1\] is empty"),
     "responses": (["a"], {"num_responses": 1}, "num_responses must be an integer >= 2"),
+    "chunks": (["a"], {"chunk_size": 0}, "chunk_size must be an integer >= 1"),
     "short": (["a", "b"], {"generator": lambda prompts, **_: [[("x 1", -1.0)] * 5]}, "one list per prompt, 2, got 1"),
     "few": (["a"], {"generator": lambda prompts, **_: [[("x 1", -1.0)]]}, "n=5 answers per prompt, got 1 for prompt 0"),
     "nan": (
@@ -654,6 +707,13 @@ BAD_PLAY = {
         {"generator": lambda prompts, **_: [[("x 1", math.nan)] * 5]},
         "log-probability of nan for prompt 0",
     ),
+    "texts alone": (
+        ["a"],
+        {"generator": lambda prompts, **_: [["x 1"] * 5]},
+        "must return texts with average log-prob",
+    ),
+    "no text": (["a"], {"generator": lambda prompts, **_: [[(1, -1.0)] * 5]}, r"got \(1, -1.0\)"),
+    "no number": (["a"], {"generator": lambda prompts, **_: [[("x", None)] * 5]}, r"got \('x', None\)"),
 }
 
 
@@ -707,7 +767,7 @@ def test_strategies():
     evolve_prompts(["Add {a}."], lambda prompts, **_: asked.extend(prompts) or [[("b", 0.0)] for _ in prompts])
     assert len(set(asked)) == 5
     assert all("Add {a}." in text and "{prompt}" not in text for text in asked)
-    for wrong, message in ((["no place"], "must contain '{prompt}', got 'no place'"), ([], "must not be empty")):
+    for wrong, message in ((["no place"], "must contain '{prompt}', got 'no place'"), ([], "strategies is empty")):
         with pytest.raises(ValueError, match=message):
             evolve_prompts(["a"], Echo(), wrong)
     with pytest.raises(ValueError, match=r"length_factor must be >= 1, got 0.5"):
@@ -730,14 +790,54 @@ def test_the_best_evolved_pairs_follow_the_base_pairs(tmp_path):
     assert len(both) == 20
     assert set(both["origin"]) == {"base", "evolved"}
 
-    for stop in (1, 2):  # during the evolution, during the second generation
-        folder = tmp_path / str(stop)
-        with pytest.raises(Stop):
-            evolve_and_select(prompts, Echo(stop), last_number, num_select=6, seed=3, output=folder)
-        echo = Echo()
-        resumed = evolve_and_select(prompts, echo, last_number, num_select=6, seed=3, output=folder)
-        assert len(echo.calls) == 3 - stop
-        assert resumed.to_list() == pairs.to_list()
+
+class Interrupted(Echo):
+    """The same, with Ctrl-C in the call after so many."""
+
+    def __call__(self, *args, **kwargs):
+        if len(self.calls) == self.stop_after:
+            raise KeyboardInterrupt
+        return super().__call__(*args, **kwargs)
+
+
+@pytest.mark.parametrize("stop", range(9))
+def test_self_play_goes_on_after_ctrl_c(tmp_path, stop):
+    options: dict[str, Any] = {"num_select": 6, "seed": 3, "chunk_size": 7}
+    prompts = [f"prompt number {i}" for i in range(8)]  # 2 chunks, 2 of the evolution, and 6 of 40 new prompts
+    whole = evolve_and_select(prompts, Echo(), last_number, **options)
+    with pytest.raises(KeyboardInterrupt):
+        evolve_and_select(prompts, Interrupted(stop), last_number, output=tmp_path, **options)
+    echo, seen = Echo(), []
+    resumed = evolve_and_select(
+        prompts, echo, last_number, output=tmp_path, on_progress=lambda *now: seen.append(now), **options
+    )
+    assert len(echo.calls) == 10 - stop  # finished chunks aren't made again
+    assert resumed.to_list() == whole.to_list()
+    assert seen[:3] == [("base", 7, 8), ("base", 8, 8), ("evolve", 7, 8)]
+    assert seen[-1] == ("evolved", 40, 40)
+    assert (
+        evolve_and_select(prompts, Interrupted(0), last_number, output=tmp_path, **options).to_list() == whole.to_list()
+    )
+
+
+def test_a_round_is_not_continued_with_the_model_of_another(tokenizer, tmp_path):
+    def play(model, folder):
+        generate = TransformersGenerator(model, tokenizer)
+        return evolve_and_select(
+            ["yes", "no"], generate, lambda prompts, texts: torch.tensor([float(len(set(text))) for text in texts]),
+            num_select=1, seed=0, num_responses=3, temperature=1.0, max_tokens=4, length_factor=100, output=folder,
+        ).to_list()  # fmt: skip
+
+    model = tiny_causal_lm(tokenizer, hidden=32)
+    first = play(model, tmp_path / "1")
+    assert play(tiny_causal_lm(tokenizer, hidden=32), tmp_path / "1") == first  # the same model in a new process
+    with torch.no_grad():
+        model.model.embed_tokens.weight.mul_(3)  # a training step
+    with pytest.raises(ValueError, match=r"base.jsonl was written with generator = .* name another output"):
+        play(model, tmp_path / "1")
+    second = play(model, tmp_path / "2")
+    assert second != first
+    assert play(model, tmp_path / "2") == second
 
 
 def test_odd_numbers_of_selected_pairs():

@@ -45,6 +45,9 @@ MODULES = tuple(
         "graph_ood_asrc",
         "graph_ood_motif",
         "ihvp",
+        "pref_opt_pairs",
+        "pref_opt_lists",
+        "pref_opt_bandit",
     )
 )
 
