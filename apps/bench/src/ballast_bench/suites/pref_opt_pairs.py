@@ -66,11 +66,11 @@ _METHODS: dict[str, dict[str, Any]] = {
 }
 # Learning rates of the cases with wrong labels; see `_NOTE`.
 _LR: dict[str, float] = {}
-_SETTINGS = {"hidden": 64, "layers": 2, "batch_size": 32, "sft_steps": 100, "sft_lr": 3e-3, "pairs": 4800, "lr": 1e-3}
+_SETTINGS = {"hidden": 64, "layers": 2, "batch_size": 32, "sft_steps": 30, "sft_lr": 3e-3, "pairs": 4800, "lr": 1e-3}
 _DATA = (
     "GSM8K: 4,800 problems of its train file, the 1,319 of its test file. A prompt is the last line of the worked solution (its "
     "last 40 characters), a completion the final number: the right one, or one near it, a tenth, ten times or twice of it, or "
-    "with two digits exchanged. Bytes are tokens. A Qwen2 of 64 dimensions and two layers with random weights, 200 steps of SFT "
+    "with two digits exchanged. Bytes are tokens. A Qwen2 of 64 dimensions and two layers with random weights, 30 steps of SFT "
     "on the preferred numbers at 3e-3, then one epoch of pairs in batches of 32, cosine, from the same model."
 )
 _NOTE = (
@@ -143,7 +143,7 @@ def _flip_case(rate: float, suffix: str = "", changed: dict[str, Any] | None = N
         seeds=(0, 1, 2),
         metrics=(*measured, _WEIGHT, _MARGIN, _SECONDS) if rate else (*measured, _SECONDS),
         preload=_PRELOAD,
-        expected=240 if changed else 20,
+        expected=240 if changed else 17,
         budget=3600 if changed else 600,
         note=_NOTE + note,
     )
@@ -170,7 +170,7 @@ def _select_case(suffix: str = "", changed: dict[str, Any] | None = None, note: 
         seeds=(0, 1, 2, 3, 4),
         metrics=(_EXACT, _LIKELIHOOD, *_SELECTED, _SECONDS),
         preload=_PRELOAD,
-        expected=480 if changed else 45,
+        expected=480 if changed else 40,
         budget=3600 if changed else 900,
         note=_SELECT_NOTE + note,
     )
