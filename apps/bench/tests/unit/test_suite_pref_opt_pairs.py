@@ -1,4 +1,3 @@
-import dataclasses
 from pathlib import Path
 
 import pytest
@@ -6,7 +5,7 @@ import torch
 
 from ballast_bench.case import CellInput, SkipCell, resolve
 from ballast_bench.suites import pref_opt_pairs as cases
-from pref_opt.losses import Logps, LossContext, make_loss
+from pref_opt.losses import make_loss
 
 SIZES = {"sft_steps": 2, "pairs": 64, "data": 16}
 
