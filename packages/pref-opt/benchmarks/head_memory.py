@@ -1,22 +1,24 @@
-"""The head of a language model under a preference loss: peak memory and time with gradients, without the rest of the model.
+r"""The head of a language model under a preference loss: peak memory and time with gradients, without the rest of the model.
 
-    python head_memory.py                                     # CPU: 32,000 and 128,000 words, width 896, 4 sequences of 128
-    python head_memory.py --device cuda --vocab 32000 128000 152000 256000 --widths 896 2048 4096 --lengths 1024 4096
+    python packages/pref-opt/benchmarks/head_memory.py  # 32,000 and 128,000 words, width 896, 4 sequences of 256 tokens
+    python packages/pref-opt/benchmarks/head_memory.py --device cuda --vocab 32000 128000 152000 256000 \
+        --widths 896 2048 4096 --lengths 1024 4096
 
 Every side computes SimPO's loss (means over completion tokens) from hidden states and the weight of the head, and the
-gradients of both. `dense` holds all logits; `trl` is the tiled head of TRL's trainers; `liger` is Liger's fused loss, where
-that package is installed; `pref_opt` is `token_logps_chunked`. The first part of each sequence is a prompt without labels.
+gradients of both. `dense` holds all logits; `trl` is the tiled head of TRL's trainers; `liger` is Liger's fused loss; sides
+whose package isn't installed are named under `left_out`. `pref_opt` is `token_logps_chunked`. The first part of each sequence is a prompt without labels.
 On a GPU a side that runs out of memory is given as null. On the CPU, peak memory is measured in a process of its own for
 each side. It counts everything beside the inputs; the gradients, which all sides have to return, are also given alone.
+Every side has run once, for its result, before the clock starts.
 Prints one JSON object.
 """
 
 from __future__ import annotations
 
 import gc
-import importlib.util
 import json
 import os
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -35,6 +37,7 @@ if TYPE_CHECKING:
 Outcome = tuple["Tensor", "Tensor", "Tensor"]
 
 BETA, GAMMA_BETA_RATIO = 2.0, 0.25
+PEERS = {"trl": "trl", "liger": "liger_kernel"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -83,11 +86,8 @@ def sides(hidden: Tensor, weight: Tensor, labels: Tensor) -> dict[str, Callable[
         return with_gradients(fused(weight, hidden, labels)[0])
 
     compared = {"dense": dense, "pref_opt": lambda: of_tokens(token_logps_chunked(hidden, weight, labels))}
-    if importlib.util.find_spec("trl"):
-        compared["trl"] = trl
-    if importlib.util.find_spec("liger_kernel"):
-        compared["liger"] = liger
-    return compared
+    peers = {"trl": trl, "liger": liger}
+    return compared | {name: run for name, run in peers.items() if find_spec(PEERS[name])}
 
 
 def fitting(run: Callable[[], Outcome]) -> Outcome | None:
@@ -160,8 +160,9 @@ def peak(name: str, run: Callable[[], Outcome], shape: tuple[int, int, int, int]
 def main() -> None:
     """Measure and print."""
     options_of = parser(__doc__)
+    options_of.set_defaults(repetitions=3, warmup=0)
     options_of.add_argument("--sequences", type=int, help="even; 4 on the CPU, 8 on a GPU by default")
-    options_of.add_argument("--lengths", type=int, nargs="+", default=[128])
+    options_of.add_argument("--lengths", type=int, nargs="+", default=[256])
     options_of.add_argument("--widths", type=int, nargs="+", default=[896])
     options_of.add_argument("--vocab", type=int, nargs="+", default=[32_000, 128_000])
     options_of.add_argument("--prompt", type=float, default=0.5, help="share of positions without a label")
@@ -185,7 +186,8 @@ def main() -> None:
         return
     cases = [case(shape, options) for shape in shapes]
     result = {"benchmark": "head_memory", **machine(options.device), "repetitions": options.repetitions}
-    emit({**result, "prompt_share": options.prompt, "cases": cases}, options.output)
+    missing = {name: f"{package} is not installed" for name, package in PEERS.items() if not find_spec(package)}
+    emit({**result, "prompt_share": options.prompt, "left_out": missing, "cases": cases}, options.output)
 
 
 if __name__ == "__main__":

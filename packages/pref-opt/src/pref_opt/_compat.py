@@ -6,6 +6,7 @@ version of TRL that breaks one says which. Read and run with TRL 1.16 and transf
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,7 +17,7 @@ from trl import DPOConfig, DPOTrainer  # type: ignore[attr-defined]
 from pref_opt._checks import check_choice
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from torch import Tensor
     from transformers import PreTrainedModel
@@ -57,10 +58,6 @@ IGNORED_OPTIONS = {
     "discopop_tau": "",
     "padding_free": "TRL ignores it as well since its refactoring",
 }
-
-
-# TRL 1.16 reads a property that transformers has renamed; nobody who calls it can change that.
-OLD_NAME = ".*is_gradient_checkpointing.* is deprecated"
 
 
 class TokenOutputs(NamedTuple):
@@ -204,15 +201,26 @@ def head_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return logps
 
 
+@contextlib.contextmanager
+def _old_names() -> Iterator[None]:
+    """Be silent about names that TRL and PEFT use and transformers has changed; nobody who calls them can change that."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
+        yield
+
+
 class HostTrainer(DPOTrainer):
     """TRL's trainer with a look at every data set before and after it is tokenised.
 
     TRL drops, without a word, pairs whose prompt alone fills `max_length`.
     """
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        with _old_names():
+            super().__init__(*args, **kwargs)
+
     def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", OLD_NAME, FutureWarning)
+        with _old_names():
             return super().compute_ref_log_probs(model, inputs)  # type: ignore[no-untyped-call]
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:

@@ -1,11 +1,12 @@
-"""The state of a loss in a checkpoint, and how a loss is named and chosen in a trainer's arguments.
+"""What the two trainers share: how a loss is chosen, its state in checkpoints, and checks of batches and completions.
 
-Shared by the trainers; needs torch and safetensors alone.
+Hosts: safetensors and transformers.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,13 +14,26 @@ from typing import TYPE_CHECKING, Any
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from transformers import TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
-from pref_opt.losses import _BUILT_IN
+from pref_opt.losses import _BUILT_IN, PreferenceLoss, make_loss
 
 if TYPE_CHECKING:
-    from pref_opt.losses import PreferenceLoss
+    from transformers import Trainer
 
-__all__ = ["load_loss_state", "method_name", "method_options", "save_loss_state"]
+__all__ = [
+    "LossStateCallback",
+    "check_batch_sizes",
+    "choose_loss",
+    "is_empty",
+    "is_messages",
+    "load_loss_state",
+    "method_name",
+    "method_options",
+    "resume_loss",
+    "save_loss_state",
+]
 
 STATE_FILE = "preference_loss.safetensors"
 
@@ -116,3 +130,88 @@ def method_options(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"method_kwargs must be a dictionary, got {value!r}")
     return value
+
+
+def choose_loss(loss: PreferenceLoss | str | None, method: str, method_kwargs: Any, *, default: str) -> PreferenceLoss:
+    """Return the loss that a trainer was asked for; two different answers are an error.
+
+    Args:
+        loss: The trainer's argument: an object, a name, or None for `method`.
+        method: The name in its configuration, `default` where nobody has chosen one.
+        method_kwargs: Hyper-parameters in its configuration.
+        default: Name that configurations start with.
+
+    Raises:
+        ValueError: If `loss` and the configuration name different losses, or a hyper-parameter isn't accepted.
+    """
+    options = method_options(method_kwargs)
+    if not isinstance(loss, PreferenceLoss):
+        if loss is not None and method not in (default, loss):
+            raise ValueError(f"loss must be args.method if both are given, got {loss!r} and {method!r}")
+        return make_loss(loss or method, **options)
+    if options or method not in (default, method_name(loss)):
+        raise ValueError(
+            f"loss must not be an object where args name another: got {method_name(loss)!r} beside "
+            f"method={method!r}, method_kwargs={options!r}"
+        )
+    return loss
+
+
+def resume_loss(loss: PreferenceLoss, resume_from_checkpoint: str | bool | None, output_dir: str | None) -> None:
+    """Restore the state of a loss from what `Trainer.train` was asked to resume from, if anything."""
+    folder = resume_from_checkpoint
+    if folder is True:
+        folder = get_last_checkpoint(output_dir)  # type: ignore[no-untyped-call]
+    if folder:
+        load_loss_state(loss, folder)
+
+
+class LossStateCallback(TrainerCallback):
+    """Writes the state of the loss into each checkpoint, from the process that writes the rest of it."""
+
+    def __init__(self, loss: PreferenceLoss) -> None:
+        self.loss = loss
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.should_save:
+            save_loss_state(self.loss, Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
+
+
+def check_batch_sizes(trainer: Trainer, loss: PreferenceLoss) -> None:
+    """Raise ValueError where a loss that compares the rows of a batch would be given a single one.
+
+    A batch is the micro-batch of all processes, or the optimiser step where the loss looks at it as a whole. With several
+    processes accelerate fills the last one of an epoch up.
+    """
+    # A queue of earlier gaps is compared with as well, so that one pair is enough.
+    if not loss.couples_pairs or getattr(loss, "queue", None) is not None:
+        return
+    args, processes = trainer.args, trainer.accelerator.num_processes
+    size = args.per_device_train_batch_size * processes
+    size *= args.gradient_accumulation_steps if loss.wants_window else 1
+    why = f"method {method_name(loss)!r} compares the rows of a batch with each other and needs at least 2"
+    if size < 2:
+        hint = "" if loss.wants_window else "; rows of other micro-batches of gradient accumulation are not seen"
+        raise ValueError(f"{why}: raise per_device_train_batch_size, got 1 on 1 process{hint}")
+    dataset: Any = trainer.train_dataset
+    if processes > 1 or args.dataloader_drop_last or not hasattr(dataset, "__len__") or len(dataset) % size != 1:
+        return
+    steps = math.ceil(math.ceil(len(dataset) / args.per_device_train_batch_size) / args.gradient_accumulation_steps)
+    planned = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps)
+    if planned >= steps:
+        raise ValueError(
+            f"{why}, but the last batch of an epoch has 1 of the {len(dataset)} rows of train_dataset: set "
+            "dataloader_drop_last=True, or change per_device_train_batch_size"
+        )
+
+
+def is_messages(value: Any) -> bool:
+    """Return whether a value is a list of messages."""
+    return isinstance(value, list) and all(isinstance(message, dict) and "content" in message for message in value)
+
+
+def is_empty(value: Any) -> bool:
+    """Return whether there's no text in a string, and neither text nor a call of a tool in the last of some messages."""
+    if is_messages(value):
+        return not value or not (value[-1]["content"] or value[-1].get("tool_calls"))
+    return not value

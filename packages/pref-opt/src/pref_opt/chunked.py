@@ -186,10 +186,10 @@ class _LabelLogps(torch.autograd.Function):
         grad_rows = torch.zeros_like(rows, dtype=wide) if wants_rows else None
         grad_weight = torch.zeros_like(weight) if wants_weight else None
         grad_bias = torch.zeros_like(bias) if wants_bias else None
-        # Words outside, tokens inside: only a slice of the head's gradient has to be held in float32.
+        # Words outside, tokens inside: only a slice of the head's gradient has to be held in float32, if it isn't already.
         for words, weights, offset in _vocabulary(weight, bias, ctx.dtype, head):
-            sum_weight = torch.zeros_like(weights, dtype=wide) if wants_weight else None
-            sum_bias = normaliser.new_zeros(len(weights)) if wants_bias else None
+            sum_weight = None if grad_weight is None else grad_weight[words].to(wide)
+            sum_bias = None if grad_bias is None else grad_bias[words].to(wide)
             for tokens in _slices(len(rows), head.token_chunk):
                 part = rows[tokens]
                 logits = _tile(part, weights, offset, ctx.dtype, wide, head.scale)
@@ -200,9 +200,9 @@ class _LabelLogps(torch.autograd.Function):
                     _add_product(sum_weight, step.T, part, ctx.dtype)
                 if sum_bias is not None:
                     sum_bias += step.sum(0)
-            if grad_weight is not None and sum_weight is not None:
+            if grad_weight is not None and sum_weight is not None and grad_weight.dtype != wide:
                 grad_weight[words] = sum_weight
-            if grad_bias is not None and sum_bias is not None:
+            if grad_bias is not None and sum_bias is not None and grad_bias.dtype != wide:
                 grad_bias[words] = sum_bias
         return None if grad_rows is None else grad_rows.to(rows.dtype), grad_weight, grad_bias, None, None
 

@@ -1,10 +1,10 @@
 """Preference data: reading, checking, converting, splitting, and cutting long prompts from the left.
 
 Everything here ends in TRL's form: rows with `prompt`, `chosen` and `rejected`, as texts or as conversations (lists of messages
-with `role` and `content`). For losses with K negatives `rejected` is a list of K texts or conversations. Rows of HH dialogues, GSM8K answers
-and LastFM candidate lists can be converted.
+with `role` and `content`). For losses with K negatives `rejected` is a list of K texts or conversations. Converters
+make such rows from HH dialogues, GSM8K answers and LastFM candidate lists.
 
-Needs `datasets`, which `pip install pref-opt[trl]` brings. Documentation: `docs/guides/preference-training.md`.
+Needs `datasets`, which `pip install pref-opt[trl]` brings. Documentation: `docs/packages/pref-opt.md`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -348,7 +349,7 @@ def hh_preferences(path: str | Path, *, conversational: bool = False) -> Convert
             dropped["other prompt"] += 1
         elif not all(answer.strip() for answer in answers):
             dropped["empty answer"] += 1
-        elif answers[0] == answers[1]:
+        elif answers[0].strip() == answers[1].strip():
             dropped["equal answers"] += 1
         elif conversational:
             turns = _turns(f"{path}:{number}", prompt.removesuffix(_ASSISTANT))
@@ -432,6 +433,10 @@ def lastfm_lists(
 ) -> Dataset:
     r"""Convert LastFM candidate lists to rows with one chosen and K rejected artists.
 
+    The names also get numbers, their places in the sorted list of all names of the file: those of the history in the prompt
+    (then -1), of the chosen artist and of the rejected ones. `pref_opt.napo.annotate_dataset` and
+    the losses that know items read them.
+
     Source: the data of Y. Chen et al., *On Softmax Direct Preference Optimization for Recommendation*, NeurIPS 2024,
     arXiv:2406.09215; the wording of the prompt is this library's own.
 
@@ -445,7 +450,8 @@ def lastfm_lists(
         seed: Seed of the drawing.
 
     Returns:
-        Rows with `prompt`, `chosen`, `rejected` (a list of K) and `ids` (position in the file).
+        Rows with `prompt`, `chosen`, `rejected` (a list of K), `ids` (position in the file), `history_items`
+        (`max_history` numbers), `chosen_items` and `rejected_items`.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -460,27 +466,36 @@ def lastfm_lists(
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     path = Path(folder) / "lastfm.json"
         ...     _ = path.write_text(json.dumps([row]))
-        ...     lastfm_lists(path)[0]["rejected"]
-        ['Hope', 'Wax']
+        ...     rows = lastfm_lists(path, max_history=3)
+        >>> rows[0]["rejected"], rows[0]["rejected_items"], rows[0]["history_items"]
+        (['Hope', 'Wax'], [3, 4], [1, 2, -1])
     """
     path = Path(path)
     check_count("max_history", max_history)
     if num_negatives is not None:
         check_count("num_negatives", num_negatives)
     random = np.random.default_rng(seed)
+    lists = [(number, *_candidates(f"{path}:{number}", row)) for number, row in _read_rows(path)]
+    if not lists:
+        raise ValueError(f"{path}: no rows")
+    places = {name: i for i, name in enumerate(sorted({name for _, *names, _ in lists for name in chain(*names)}))}
     rows = []
-    for number, row in _read_rows(path):
-        history, items, target = _candidates(f"{path}:{number}", row)
+    for number, history, items, target in lists:
         others = [item for item in items if item != target]
         if num_negatives is not None and num_negatives > len(others):
             raise ValueError(f"{path}:{number}: num_negatives={num_negatives}, but only {len(others)} other candidates")
         if num_negatives is not None:
             others = [others[i] for i in sorted(random.permutation(len(others))[:num_negatives])]
-        prompt = _listening_prompt(history[-max_history:], items if show_candidates else [])
+        history = history[-max_history:]
+        prompt = _listening_prompt(history, items if show_candidates else [])
         form = _chat_row if conversational else _text_row
-        rows.append({**form(prompt, target, others), "ids": number - 1})
-    if not rows:
-        raise ValueError(f"{path}: no rows")
+        numbers = {
+            "ids": number - 1,
+            "history_items": [places[name] for name in history] + [-1] * (max_history - len(history)),
+            "chosen_items": places[target],
+            "rejected_items": [places[name] for name in others],
+        }
+        rows.append(form(prompt, target, others) | numbers)
     return _from_rows(rows)
 
 
@@ -529,7 +544,8 @@ def lastfm_pairs(
         conversational=conversational,
         seed=seed,
     )
-    return _from_rows([{**row, "rejected": row["rejected"][0]} for row in lists])
+    pairs = lists.select_columns(["prompt", "chosen", "rejected", "ids"])
+    return _from_rows([{**row, "rejected": row["rejected"][0]} for row in pairs])
 
 
 def _text_row(prompt: str, chosen: str, rejected: list[str]) -> dict[str, Any]:
@@ -607,7 +623,8 @@ def flip_pairs(dataset: Dataset, *, rate: float, seed: int = 0) -> Dataset:
 
     $$\text{round}(\text{rate}\cdot N)$$
 
-    rows, drawn without repetition, so that the share of wrong labels is known exactly.
+    rows, drawn without repetition, so that the share of wrong labels is known exactly;
+    `pref_opt.dr_dpo.flip_preferences` flips each pair independently.
 
     Args:
         dataset: Pairs.

@@ -23,7 +23,6 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -34,16 +33,23 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from pref_opt._checks import check_choice, check_count
-from pref_opt._state import load_loss_state, method_name, method_options, save_loss_state
+from pref_opt._state import (
+    LossStateCallback,
+    check_batch_sizes,
+    choose_loss,
+    is_empty,
+    is_messages,
+    method_name,
+    method_options,
+    resume_loss,
+)
 from pref_opt.chunked import token_logps_chunked
-from pref_opt.losses import Logps, LossContext, LossOutput, PreferenceLoss, loss_names, make_loss
+from pref_opt.losses import Logps, LossContext, LossOutput, PreferenceLoss, loss_names
 
 __all__ = [
     "MultiNegativeCollator",
@@ -182,22 +188,17 @@ def _check_row(row: Mapping[str, Any], num_negatives: int, where: str) -> None:
         raise ValueError(
             f"{where}: {len(rejected)} rejected completions, row 0 has {num_negatives}; all rows must have equally many"
         )
-    kind = list if isinstance(prompt, list) else str
+    conversation = isinstance(prompt, list)
     for column, value in (("prompt", prompt), ("chosen", chosen), *(("rejected", value) for value in rejected)):
-        if not isinstance(value, kind):
-            expected = "messages" if kind is list else "text"
+        if not (is_messages(value) if conversation else isinstance(value, str)):
+            expected = "messages" if conversation else "text"
             raise ValueError(f"{where}: {column} must be {expected}, as the prompt is, got {value!r}")
-        if _is_empty(value):
+        if is_empty(value):
             raise ValueError(f"{where}: {column} is empty")
     if chosen in rejected:
         raise ValueError(f"{where}: chosen and one of rejected are identical: {chosen!r}")
     if STORED in row and len(row[STORED]) != 1 + num_negatives:
         raise ValueError(f"{where}: {STORED} must have {1 + num_negatives} numbers, got {len(row[STORED])}")
-
-
-def _is_empty(value: str | list[Any]) -> bool:
-    """Return whether there's no text, in a string or in the last message of a conversation."""
-    return not value or (isinstance(value, list) and not value[-1].get("content"))
 
 
 def _encoded_text(
@@ -596,8 +597,9 @@ class MultiNegativeTrainer(Trainer):
 
     Raises:
         ValueError: If the loss takes pairs or looks at whole optimiser steps, a reference is given or precomputed that nobody
-            reads, the model can't be used in the layout, or the data have rows that can't be trained on; in training, if a
-            log-probability isn't finite. The message names the row.
+            reads, the model can't be used in the layout, or the data have rows that can't be trained on. `train` raises it
+            if a loss that compares the rows of a batch would get a single one, or a log-probability isn't finite; the
+            message names the row.
 
     Examples:
         >>> import tempfile
@@ -639,7 +641,7 @@ class MultiNegativeTrainer(Trainer):
             raise ValueError(f"one process must have one device, got {args.n_gpu}: start with `accelerate launch`")
         if processing_class is None:
             raise ValueError("processing_class must be the tokenizer of the model, got None")
-        self.loss = _resolved(loss, args)
+        self.loss = _listwise(choose_loss(loss, args.method, args.method_kwargs, default="sdpo"))
         self._check_reference(ref_model, model, args)
         set_seed(args.seed)  # for the weights of a new adapter; the trainer does so too, later
         copied = self.loss.requires_reference and not args.precompute_ref_log_probs
@@ -669,7 +671,7 @@ class MultiNegativeTrainer(Trainer):
         # What a model's forward pass accepts doesn't matter: its own loss is never computed.
         self.model_accepts_loss_kwargs = False
         self.ref_model = None if ref_model is None else self.accelerator.prepare_model(ref_model, evaluation_mode=True)
-        self.add_callback(_LossStateCallback(self.loss))
+        self.add_callback(LossStateCallback(self.loss))
         if args.precompute_ref_log_probs:
             self._precompute()
 
@@ -892,43 +894,23 @@ class MultiNegativeTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train; with a checkpoint, the state of the loss is restored as well. See `transformers.Trainer.train`."""
-        folder = resume_from_checkpoint
-        if folder is True:
-            folder = get_last_checkpoint(self.args.output_dir)  # type: ignore[no-untyped-call]
-        if folder:
-            load_loss_state(self.loss, folder)
+        check_batch_sizes(self, self.loss)
+        resume_loss(self.loss, resume_from_checkpoint, self.args.output_dir)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
 
-class _LossStateCallback(TrainerCallback):
-    """Writes the state of the loss into each checkpoint, from the process that writes the rest of it."""
-
-    def __init__(self, loss: PreferenceLoss) -> None:
-        self.loss = loss
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.should_save:
-            save_loss_state(self.loss, Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-
-
-def _resolved(loss: PreferenceLoss | str | None, args: MultiNegativeConfig) -> PreferenceLoss:
-    """Return the loss object that was asked for."""
-    if isinstance(loss, PreferenceLoss):
-        if args.method_kwargs:
-            raise ValueError(f"method_kwargs must be empty beside a loss object, got {args.method_kwargs!r}")
-        made = loss
-    else:
-        made = make_loss(loss or args.method, **method_options(args.method_kwargs))
-    if not made.multi_negative:
+def _listwise(loss: PreferenceLoss) -> PreferenceLoss:
+    """Return the loss if it takes K negatives."""
+    if not loss.multi_negative:
         raise ValueError(
-            f"method {method_name(made)!r} takes pairs: loss must take K negatives here; use "
+            f"method {method_name(loss)!r} takes pairs: loss must take K negatives here; use "
             "pref_opt.trl.PreferenceTrainer"
         )
-    if made.wants_window:
+    if loss.wants_window:
         raise ValueError(
-            f"method {method_name(made)!r} looks at whole optimiser steps, which this trainer doesn't show"
+            f"method {method_name(loss)!r} looks at whole optimiser steps, which this trainer doesn't show"
         )
-    return made
+    return loss
 
 
 def _with_reference(model: Any, ref_model: Any, peft_config: Any, *, needed: bool) -> tuple[Any, Any]:

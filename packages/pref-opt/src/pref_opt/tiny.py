@@ -5,14 +5,14 @@ The model has random weights. It learns simple rules from short texts within min
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from pref_opt._checks import check_count
+from pref_opt._checks import check_choice, check_count
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 __all__ = ["tiny_causal_lm", "tiny_tokenizer"]
 
@@ -65,22 +65,31 @@ def tiny_tokenizer(texts: Iterable[str] = (), *, vocab_size: int = 512) -> PreTr
 
 
 def tiny_causal_lm(
-    tokenizer: PreTrainedTokenizerFast, *, hidden: int = 64, layers: int = 2, max_length: int = 2048, seed: int = 0
-) -> Qwen2ForCausalLM:
-    """Return a random Qwen2 model for `tokenizer`, in evaluation mode and float32.
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    architecture: Literal["qwen2", "llama"] = "qwen2",
+    hidden: int = 64,
+    layers: int = 2,
+    max_length: int = 2048,
+    seed: int = 0,
+    **config: Any,
+) -> PreTrainedModel:
+    """Return a random causal language model for `tokenizer`, in evaluation mode and float32.
 
     Args:
         tokenizer: Gives the vocabulary and the special tokens.
-        hidden: Hidden size, a multiple of 16: 4 heads of even size.
+        architecture: Whose layers it has, `"qwen2"` or `"llama"`.
+        hidden: Hidden size, a multiple of 8: 4 heads of even size.
         layers: Number of layers, >= 1.
         max_length: Longest sequence.
         seed: Seed of its weights; the global generator is left as it was.
+        **config: Further fields of the configuration of transformers.
 
     Returns:
         A model of about 120,000 parameters with the default sizes.
 
     Raises:
-        ValueError: If a size is out of range.
+        ValueError: If the architecture is unknown or a size is out of range.
 
     Examples:
         >>> from pref_opt.tiny import tiny_causal_lm, tiny_tokenizer
@@ -89,14 +98,19 @@ def tiny_causal_lm(
         (64, False)
     """
     import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    import transformers
 
+    check_choice("architecture", architecture, ("qwen2", "llama"))
     check_count("hidden", hidden)
     check_count("layers", layers)
     check_count("max_length", max_length)
-    if hidden % 16:
-        raise ValueError(f"hidden must be a multiple of 16, got {hidden}")
-    config: dict[str, Any] = {
+    if hidden % 8:
+        raise ValueError(f"hidden must be a multiple of 8, got {hidden}")
+    make_config, make_model = {
+        "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
+        "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
+    }[architecture]
+    fields: dict[str, Any] = {
         "vocab_size": len(tokenizer),
         "hidden_size": hidden,
         "intermediate_size": 2 * hidden,
@@ -108,9 +122,10 @@ def tiny_causal_lm(
         "pad_token_id": tokenizer.pad_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "bos_token_id": None,
+        **config,
     }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = Qwen2ForCausalLM(Qwen2Config(**config))
+        model: PreTrainedModel = make_model(make_config(**fields))
     model.train(False)
     return model

@@ -10,21 +10,30 @@ Host: TRL >= 1.16 (`pip install pref-opt[trl]`). Documentation: `docs/guides/pre
 # Without `from __future__ import annotations`: HfArgumentParser reads the annotations of PreferenceConfig.
 
 import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, TrainerCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers import PreTrainedModel
 from trl import DPOConfig  # type: ignore[attr-defined]
 
 from pref_opt import _compat
 from pref_opt._checks import check_choice
-from pref_opt._state import load_loss_state, method_name, method_options, save_loss_state
-from pref_opt.losses import Logps, LossContext, LossOutput, PreferenceLoss, loss_names, make_loss
+from pref_opt._state import (
+    LossStateCallback,
+    check_batch_sizes,
+    choose_loss,
+    is_empty,
+    is_messages,
+    load_loss_state,
+    method_name,
+    method_options,
+    resume_loss,
+    save_loss_state,
+)
+from pref_opt.losses import Logps, LossContext, LossOutput, PreferenceLoss, loss_names
 
 __all__ = ["PreferenceConfig", "PreferenceTrainer", "load_loss_state", "save_loss_state"]
 
@@ -90,7 +99,8 @@ class PreferenceTrainer(_compat.HostTrainer):
     Raises:
         ValueError: If an option would be ignored, the loss needs several negatives per prompt, a reference is given or
             precomputed that nobody reads, the model adds a load-balancing loss, or the data have rows that can't be
-            trained on: missing columns, empty or identical completions, prompts that fill `max_length`.
+            trained on: missing columns, empty or identical completions, prompts that fill `max_length`. `train` raises it
+            if a loss that compares the pairs of a batch would get a single one, or a log-probability isn't finite.
 
     Examples:
         >>> from datasets import Dataset
@@ -122,8 +132,9 @@ class PreferenceTrainer(_compat.HostTrainer):
         args = PreferenceConfig() if args is None else args
         if not isinstance(args, PreferenceConfig):
             raise ValueError(f"args must be a PreferenceConfig, got {type(args).__name__}")
-        self.loss = _resolve(loss, args)
+        self.loss = _pairwise(choose_loss(loss, args.method, args.method_kwargs, default="dpo"))
         self._check_reference(ref_model, args)
+        # TRL looks at the first row before anything else.
         if next(iter(kwargs.get("train_dataset") or ()), None) is None:
             raise ValueError("train_dataset must not be empty, got 0 rows")
         if not self.loss.requires_reference and kwargs.get("peft_config") is None:
@@ -138,7 +149,7 @@ class PreferenceTrainer(_compat.HostTrainer):
                 "router_aux_loss_coef must be 0 for a mixture-of-experts model, got None: "
                 "the losses of this package don't add a load-balancing loss"
             )
-        self.add_callback(_LossStateCallback(self.loss))
+        self.add_callback(LossStateCallback(self.loss))
 
     def _check_reference(self, ref_model: PreTrainedModel | None, args: PreferenceConfig) -> None:
         if self.loss.requires_reference:
@@ -311,45 +322,19 @@ class PreferenceTrainer(_compat.HostTrainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train; with a checkpoint, the state of the loss is restored as well. See `transformers.Trainer.train`."""
-        folder = resume_from_checkpoint
-        if folder is True:
-            folder = get_last_checkpoint(self.args.output_dir)  # type: ignore[no-untyped-call]
-        if folder:
-            load_loss_state(self.loss, folder)
+        check_batch_sizes(self, self.loss)
+        resume_loss(self.loss, resume_from_checkpoint, self.args.output_dir)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
 
-class _LossStateCallback(TrainerCallback):
-    """Writes the state of the loss into each checkpoint, from the process that writes the rest of it."""
-
-    def __init__(self, loss: PreferenceLoss) -> None:
-        self.loss = loss
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.should_save:
-            save_loss_state(self.loss, Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}")
-
-
-def _resolve(loss: PreferenceLoss | str | None, args: PreferenceConfig) -> PreferenceLoss:
-    """Return the loss object that was asked for; two different answers are an error."""
-    options: Any = args.method_kwargs
-    if isinstance(loss, PreferenceLoss):
-        if options or args.method not in ("dpo", method_name(loss)):
-            raise ValueError(
-                f"loss must not be an object where args name another: got {method_name(loss)!r} beside "
-                f"method={args.method!r}, method_kwargs={options!r}"
-            )
-        made = loss
-    else:
-        if loss is not None and args.method not in ("dpo", loss):
-            raise ValueError(f"loss must be args.method if both are given, got {loss!r} and {args.method!r}")
-        made = make_loss(loss or args.method, **options)
-    if made.multi_negative:
+def _pairwise(loss: PreferenceLoss) -> PreferenceLoss:
+    """Return the loss if it takes pairs."""
+    if loss.multi_negative:
         raise ValueError(
-            f"method {method_name(made)!r} needs several rejected completions per prompt: "
+            f"method {method_name(loss)!r} needs several rejected completions per prompt: "
             "loss must be pairwise here; use pref_opt.multi_negative.MultiNegativeTrainer"
         )
-    return made
+    return loss
 
 
 def _has_to_be_copied(model: Any, args: PreferenceConfig, kwargs: Mapping[str, Any]) -> bool:
@@ -360,23 +345,23 @@ def _has_to_be_copied(model: Any, args: PreferenceConfig, kwargs: Mapping[str, A
 
 
 def _check_completions(pairs: Iterable[Mapping[str, Any]], name: str) -> None:
-    """Raise ValueError that counts empty and identical completions, and names the first row of each kind."""
-    bad: dict[str, list[int]] = {"empty chosen": [], "empty rejected": [], "identical chosen and rejected": []}
+    """Raise ValueError that counts the rows that are no pairs of two different completions, and names the first of a kind."""
+    bad: dict[str, list[int]] = {}
     for row, pair in enumerate(pairs):
-        chosen, rejected = pair["chosen"], pair["rejected"]
-        if _is_empty(chosen):
-            bad["empty chosen"].append(row)
-        if _is_empty(rejected):
-            bad["empty rejected"].append(row)
-        if chosen == rejected:
-            bad["identical chosen and rejected"].append(row)
-    found = [f"{len(rows)} rows with {kind} (the first is row {rows[0]})" for kind, rows in bad.items() if rows]
+        for kind in _faults(pair["chosen"], pair["rejected"]):
+            bad.setdefault(kind, []).append(row)
+    found = [f"{len(rows)} rows with {kind} (the first is row {rows[0]})" for kind, rows in bad.items()]
     if found:
         raise ValueError(f"{name}_dataset must have pairs of two different completions, got {'; '.join(found)}")
 
 
-def _is_empty(completion: Any) -> bool:
-    """Return whether there's no text, in a string or in the last message of a conversation."""
-    if isinstance(completion, list):
-        return not completion or not completion[-1].get("content")
-    return not completion
+def _faults(chosen: Any, rejected: Any) -> Iterator[str]:
+    for name, value in (("chosen", chosen), ("rejected", rejected)):
+        if is_empty(value):
+            yield f"empty {name}"
+        elif isinstance(value, list) and not is_messages(value):
+            yield f"several completions as {name}, which pref_opt.multi_negative.MultiNegativeTrainer takes"
+        elif not isinstance(value, (str, list)):
+            yield f"{type(value).__name__} as {name} and not text or messages"
+    if chosen == rejected:
+        yield "identical chosen and rejected"

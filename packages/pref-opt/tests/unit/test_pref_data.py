@@ -164,7 +164,7 @@ def test_hh_dialogues(tmp_path):
     rows = [
         {"chosen": OPENING + " 2", "rejected": OPENING + " 3"},
         {"chosen": OPENING + " 2", "rejected": "\n\nHuman: Bye\n\nAssistant: 3"},
-        {"chosen": OPENING + " 2", "rejected": OPENING + " 2"},
+        {"chosen": OPENING + " 2", "rejected": OPENING + " 2 "},
         {"chosen": OPENING + " 2", "rejected": OPENING + " "},
         # the rejected dialogue goes on: the prompt is still that of the chosen one
         {"chosen": OPENING + " 4", "rejected": OPENING + " 5\n\nHuman: Sure?\n\nAssistant: Yes"},
@@ -290,6 +290,12 @@ def test_lists_of_candidates(tmp_path):
     chats = lastfm_lists(tmp_path / "l.json", conversational=True)
     assert chats[0]["rejected"][1] == [{"role": "assistant", "content": "X"}]
     check_preferences(chats)
+    # A to C and W to Z have the numbers 0 to 6.
+    assert full[0]["chosen_items"] == 5
+    assert full[0]["rejected_items"] == [3, 4, 6]
+    assert full[0]["history_items"] == [0, 1, 2] + [-1] * 7
+    for row in drawn:
+        assert ["ABCWXYZ"[item] for item in row["rejected_items"]] == row["rejected"]
     short = lastfm_lists(tmp_path / "l.json", show_candidates=False, max_history=2)[0]["prompt"]
     assert "A" not in short.splitlines()
     assert {"B", "C"} <= set(short.splitlines())

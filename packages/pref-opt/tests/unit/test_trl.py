@@ -184,7 +184,10 @@ def test_dpo_inside_is_trls_dpo_with_lora(build, theirs):
         assert left == pytest.approx(right, rel=1e-6, abs=1e-6)
 
 
-@pytest.mark.parametrize("options", [{}, {"precompute_ref_log_probs": True}])
+@pytest.mark.parametrize(
+    "options",
+    [{"gradient_checkpointing": True}, {"precompute_ref_log_probs": True}, {"peft_config": LoraConfig(r=2)}],
+)
 def test_no_warnings_that_nobody_can_heed(build, options):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -199,7 +202,7 @@ def test_precomputed_references_give_the_same_steps(build, theirs):
         assert mine == pytest.approx(other, rel=1e-5, abs=1e-5)
 
 
-@pytest.mark.parametrize("precompute", [False, True])
+@pytest.mark.parametrize("precompute", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_means_inside_are_trls_sigmoid_norm(build, theirs, precompute):
     ours = steps(build("dpo_norm", {"beta": 2.0}, precompute_ref_log_probs=precompute))
     other = steps(theirs(loss_type=["sigmoid_norm"], beta=2.0))
@@ -273,9 +276,9 @@ def test_a_needed_reference_is_a_copy_that_stays(build, model):
 
 
 def test_name_class_and_object_are_the_same(build):
-    by_method = steps(build("simpo", {"beta": 3.0}))
-    assert by_method == steps(build(loss=make_loss("simpo", beta=3.0)))
-    assert by_method == steps(build("simpo", '{"beta": 3.0}'))
+    by_method = steps(build("simpo", {"beta": 3.0}, max_steps=1))
+    assert by_method == steps(build(loss=make_loss("simpo", beta=3.0), max_steps=1))
+    assert by_method == steps(build("simpo", '{"beta": 3.0}', max_steps=1))
     assert build(loss="simpo").loss.length_normalized
 
 
@@ -355,6 +358,74 @@ def test_losses_over_a_step_do_not_depend_on_the_micro_batches(build):
     split = steps(build("dr_dpo", {"group": "step"}, **parts, **options), ("loss", "grad_norm"))
     for mine, other in zip(split, whole, strict=True):
         assert mine == pytest.approx(other, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("method", "over_a_step", "over_a_batch"),
+    [
+        ("dr_dpo", {"group": "step"}, {"group": "global"}),
+        ("alpha_dpo", {"alpha": 0.5, "stats_window": "step"}, {"alpha": 0.5}),
+        ("beta_dpo", {"window": "step", "filter_ratio": 0.25}, {"filter_ratio": 0.25}),
+    ],
+)
+def test_the_last_step_of_an_epoch_counts_what_it_has(build, method, over_a_step, over_a_batch):
+    """Of 13 rows the second step has 5: in two micro-batches of 2 and one of 1, fewer than the four of the first."""
+    options = {"train_dataset": Dataset.from_list(rows(13)), "max_steps": 4, "learning_rate": 1e-2, "optim": "sgd"}
+    whole = steps(build(method, over_a_batch, per_device_train_batch_size=8, **options), ("loss", "grad_norm"))
+    parts = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    split = steps(build(method, over_a_step, **parts, **options), ("loss", "grad_norm"))
+    assert whole[1][1] > 1e-2
+    for mine, other in zip(split, whole, strict=True):
+        assert mine == pytest.approx(other, rel=1e-3)
+
+
+COUPLED = [
+    ("beta_dpo", None),
+    ("alpha_dpo", None),
+    ("dr_dpo", None),
+    ("kto_pair", None),
+    ("gamma_po", {"pool": "gathered"}),
+]
+
+
+@pytest.mark.parametrize(("method", "options"), COUPLED)
+def test_batches_without_two_pairs_to_compare(build, method, options):
+    alone = (
+        rf"method '{method}' compares the rows of a batch .* at least 2: raise per_device_train_batch_size, got 1 on 1"
+    )
+    with pytest.raises(ValueError, match=alone + ".*micro-batches of gradient accumulation are not seen"):
+        build(method, options, per_device_train_batch_size=1, gradient_accumulation_steps=4).train()
+    last = r"the last batch of an epoch has 1 of the 13 rows of train_dataset: set dataloader_drop_last=True"
+    odd = Dataset.from_list(rows(13))
+    with pytest.raises(ValueError, match=last):
+        build(method, options, train_dataset=odd, max_steps=4).train()
+    with pytest.raises(ValueError, match=last):
+        build(method, options, train_dataset=odd, max_steps=-1, num_train_epochs=1).train()
+
+
+def test_batches_with_enough_to_compare(build):
+    odd = Dataset.from_list(rows(13))
+    dropping = build("alpha_dpo", train_dataset=odd, max_steps=4, dataloader_drop_last=True)
+    assert len(steps(dropping)) == 4
+    assert len(steps(build("alpha_dpo", train_dataset=odd, max_steps=2))) == 2  # ends before the last batch
+    small = {"per_device_train_batch_size": 1, "max_steps": 1}
+    assert len(steps(build("gamma_po", **small))) == 1  # has its queue of earlier gaps
+    assert len(steps(build("alpha_dpo", {"stats_window": "step"}, gradient_accumulation_steps=2, **small))) == 1
+    assert len(steps(build("dpo", train_dataset=odd, **COMMON | {"max_steps": 4}))) == 4  # compares nothing
+
+
+@pytest.mark.parametrize(("gamma", "share"), [(-1e3, 1.0), (1e3, 0.0)])
+def test_pairs_that_are_skipped_are_reported(build, gamma, share):
+    names = ("filtered_fraction", "grad_norm")
+    logged = steps(build("repo", {"gamma": gamma}, max_steps=1), names)[0]
+    assert logged[0] == share
+    assert (logged[1] == 0) == (share == 1.0)
+
+
+def test_pairs_that_are_filtered_are_reported(build):
+    trainer = build("beta_dpo", {"filter_ratio": 0.25}, eval_dataset=Dataset.from_list(rows(4)))
+    assert steps(trainer, ("kept_fraction",)) == [[0.75]] * 3
+    assert trainer.evaluate()["eval_kept_fraction"] == 1.0  # evaluation looks at all of them
 
 
 # --- checkpoints --------------------------------------------------------------------------------------------------
@@ -472,6 +543,13 @@ def test_arguments_that_contradict(build, model, tokenizer, data, tmp_path):
         ),
         ({"method": "simpo", "sync_ref_model": True}, "sync_ref_model must be False: method 'simpo'"),
         ({"method": "simpo", "method_kwargs": {"betta": 1}}, "'simpo' doesn't accept"),
+        ({"method": "gama_po"}, "method must be one of .*, got 'gama_po'; did you mean 'gamma_po'"),
+        ({"loss": "simppo"}, "method must be one of .*, got 'simppo'; did you mean 'simpo'"),
+        *(
+            ({"method": method, "method_kwargs": {"beta": beta}}, f"beta must be positive.*got {beta}")
+            for method in ("dpo", "simpo", "beta_dpo", "dr_dpo", "alpha_dpo", "gamma_po", "repo_plus_plus")
+            for beta in (0.0, -0.1)
+        ),
     ]
     for options, message in bad:
         with pytest.raises(ValueError, match=message):
@@ -498,6 +576,8 @@ BAD_ROWS = [
           "rejected": [{"role": "assistant", "content": "b"}]}],
         "1 rows with empty chosen",
     ),
+    ([SOUND | {"rejected": ["3", "4"]}], "several completions as rejected, which .*MultiNegativeTrainer takes .*row 0"),
+    ([SOUND | {"chosen": 2.0}] * 2, "2 rows with float as chosen and not text or messages"),
 ]  # fmt: skip
 
 
