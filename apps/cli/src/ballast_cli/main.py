@@ -14,6 +14,7 @@ import yaml
 from cyclopts import App, CycloptsError
 from cyclopts.config import Dict
 from rich.console import Console
+from rich.markup import escape
 
 from ballast_bench.app import app as bench_app
 from ballast_cli import __version__
@@ -21,6 +22,7 @@ from ballast_cli.data import data_app
 from ballast_cli.graph_ood import graph_ood_app
 from ballast_cli.graph_ood_cluster import cluster
 from ballast_cli.graph_unlearn import graph_unlearn_app
+from ballast_cli.pref import pref_app
 from ballast_cli.recsys import recsys_app
 
 if TYPE_CHECKING:
@@ -34,11 +36,13 @@ app = App(
         "(`loss: ssm`); flags on the command line win over the file."
     ),
     version=__version__,
+    suppress_keyboard_interrupt=False,  # `main` says that something is kept
 )
 app.command(recsys_app)
 graph_ood_app.command(cluster)
 app.command(graph_ood_app)
 app.command(graph_unlearn_app)
+app.command(pref_app)
 app.command(data_app)
 app.command(bench_app)
 
@@ -64,10 +68,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         errors.print("Run with --help to see what is accepted.")
         return 2
     except (ValueError, FileNotFoundError, IsADirectoryError, NotADirectoryError, yaml.YAMLError) as error:
-        errors.print("[red]error:[/red]", str(error), markup=True)
+        errors.print("[red]error:[/red]", escape(str(error)))
         return 2
     except OSError as error:
-        errors.print("[red]error:[/red]", f"{error}; what was finished before is kept")
+        errors.print("[red]error:[/red]", escape(f"{error}; what was finished before is kept"))
         return 1
     except KeyboardInterrupt:
         errors.print("interrupted; what was finished before is kept")
@@ -127,7 +131,7 @@ def read_config(path: Path, tokens: Sequence[str]) -> Dict:
 
 def _message(error: CycloptsError) -> str:
     """The error's text on one line (cyclopts wraps its text for a panel)."""
-    return " ".join(str(error).split()).replace("[", r"\[")
+    return escape(" ".join(str(error).split()))
 
 
 if __name__ == "__main__":

@@ -178,29 +178,29 @@ class LossStateCallback(TrainerCallback):
 
 
 def check_batch_sizes(trainer: Trainer, loss: PreferenceLoss) -> None:
-    """Raise ValueError where a loss that compares the rows of a batch would be given a single one.
+    """Raise ValueError where a batch would have fewer rows than the loss needs.
 
     A batch is the micro-batch of all processes, or the optimiser step where the loss looks at it as a whole. With several
     processes accelerate fills the last one of an epoch up.
     """
-    # A queue of earlier gaps is compared with as well, so that one pair is enough.
-    if not loss.couples_pairs or getattr(loss, "queue", None) is not None:
-        return
     args, processes = trainer.args, trainer.accelerator.num_processes
     size = args.per_device_train_batch_size * processes
     size *= args.gradient_accumulation_steps if loss.wants_window else 1
-    why = f"method {method_name(loss)!r} compares the rows of a batch with each other and needs at least 2"
-    if size < 2:
+    why = f"method {method_name(loss)!r} compares the rows of a batch with each other and needs at least {loss.least_pairs}"
+    if size < loss.least_pairs:
         hint = "" if loss.wants_window else "; rows of other micro-batches of gradient accumulation are not seen"
-        raise ValueError(f"{why}: raise per_device_train_batch_size, got 1 on 1 process{hint}")
+        raise ValueError(f"{why}: raise per_device_train_batch_size, got {size} on {processes} process{hint}")
     dataset: Any = trainer.train_dataset
-    if processes > 1 or args.dataloader_drop_last or not hasattr(dataset, "__len__") or len(dataset) % size != 1:
+    if processes > 1 or args.dataloader_drop_last or not hasattr(dataset, "__len__"):
+        return
+    last = len(dataset) % size
+    if last == 0 or last >= loss.least_pairs:
         return
     steps = math.ceil(math.ceil(len(dataset) / args.per_device_train_batch_size) / args.gradient_accumulation_steps)
     planned = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * steps)
     if planned >= steps:
         raise ValueError(
-            f"{why}, but the last batch of an epoch has 1 of the {len(dataset)} rows of train_dataset: set "
+            f"{why}, but the last batch of an epoch has {last} of the {len(dataset)} rows of train_dataset: set "
             "dataloader_drop_last=True, or change per_device_train_batch_size"
         )
 

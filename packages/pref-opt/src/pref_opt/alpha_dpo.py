@@ -269,6 +269,7 @@ class AlphaDPOLoss(PreferenceLoss):
     """
 
     couples_pairs: ClassVar[bool] = True
+    least_pairs: ClassVar[int] = 2  # a single gap has no spread
 
     def __init__(
         self,

@@ -301,6 +301,7 @@ class BetaDPOLoss(PreferenceLoss):
     """
 
     couples_pairs: ClassVar[bool] = True
+    least_pairs: ClassVar[int] = 2  # a single gap has no spread
 
     def __init__(
         self,

@@ -100,12 +100,14 @@ class PreferenceLoss:
         length_normalized: Whether log-probabilities are means over completion tokens and not sums.
         multi_negative: Whether `rejected` is [B, K] and not [B].
         couples_pairs: Whether the pairs of a batch are tied to each other, so that the global batch counts.
+        least_pairs: Fewest pairs that a global batch, or an optimiser step where `wants_window`, may have.
     """
 
     requires_reference: bool = True
     length_normalized: bool = False
     multi_negative: ClassVar[bool] = False
     couples_pairs: ClassVar[bool] = False
+    least_pairs: ClassVar[int] = 1
 
     def __call__(self, logps: Logps, context: LossContext) -> LossOutput:
         """Compute the loss of one micro-batch; state changes only where `context.training`."""

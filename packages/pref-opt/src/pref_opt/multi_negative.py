@@ -40,7 +40,6 @@ from transformers import (
 from pref_opt._checks import check_choice, check_count
 from pref_opt._state import (
     LossStateCallback,
-    check_batch_sizes,
     choose_loss,
     is_empty,
     is_messages,
@@ -598,8 +597,7 @@ class MultiNegativeTrainer(Trainer):
     Raises:
         ValueError: If the loss takes pairs or looks at whole optimiser steps, a reference is given or precomputed that nobody
             reads, the model can't be used in the layout, or the data have rows that can't be trained on. `train` raises it
-            if a loss that compares the rows of a batch would get a single one, or a log-probability isn't finite; the
-            message names the row.
+            if a log-probability isn't finite; the message names the row.
 
     Examples:
         >>> import tempfile
@@ -894,7 +892,6 @@ class MultiNegativeTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train; with a checkpoint, the state of the loss is restored as well. See `transformers.Trainer.train`."""
-        check_batch_sizes(self, self.loss)
         resume_loss(self.loss, resume_from_checkpoint, self.args.output_dir)
         return super().train(resume_from_checkpoint, *args, **kwargs)
 

@@ -100,7 +100,7 @@ class PreferenceTrainer(_compat.HostTrainer):
         ValueError: If an option would be ignored, the loss needs several negatives per prompt, a reference is given or
             precomputed that nobody reads, the model adds a load-balancing loss, or the data have rows that can't be
             trained on: missing columns, empty or identical completions, prompts that fill `max_length`. `train` raises it
-            if a loss that compares the pairs of a batch would get a single one, or a log-probability isn't finite.
+            if a batch would have fewer pairs than the loss needs, or a log-probability isn't finite.
 
     Examples:
         >>> from datasets import Dataset

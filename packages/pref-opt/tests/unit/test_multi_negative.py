@@ -630,18 +630,6 @@ def test_losses_and_arguments_that_do_not_fit(build, tokenizer):
         build(train_dataset=Dataset.from_list(rows))
 
 
-def test_batches_without_two_rows_to_compare(build):
-    with pytest.raises(
-        ValueError, match=r"method 'napo' compares the rows of a batch .* raise per_device_train_batch_size"
-    ):
-        build("napo", per_device_train_batch_size=1).train()
-    odd = Dataset.from_list(lists(9))
-    with pytest.raises(ValueError, match="last batch of an epoch has 1 of the 9 rows"):
-        build("napo", train_dataset=odd).train()
-    build("napo", train_dataset=odd, dataloader_drop_last=True, max_steps=3).train()
-    build("sdpo", train_dataset=odd).train()  # compares nothing
-
-
 def test_command_line():
     parser = HfArgumentParser(MultiNegativeConfig)
     line = "--output_dir out --use_cpu --report_to none --method dynamic_po --layout concatenated --max_length 99"
