@@ -24,9 +24,9 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZE
 import torch
 from datasets import Dataset, disable_progress_bars
 
-from ballast_testing.llm import tiny_causal_lm, tiny_tokenizer
 from ballast_testing.measure import emit, in_worker, interleaved, machine, parser, peak_extra_bytes, ratio
 from pref_opt.multi_negative import LAYOUTS, MultiNegativeConfig, MultiNegativeTrainer, completion_logps
+from pref_opt.tiny import tiny_causal_lm, tiny_tokenizer
 
 if TYPE_CHECKING:
     from collections.abc import Callable

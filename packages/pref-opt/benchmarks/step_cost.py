@@ -29,9 +29,9 @@ import torch
 from datasets import Dataset, disable_progress_bars
 from trl import DPOConfig, DPOTrainer
 
-from ballast_testing.llm import tiny_causal_lm, tiny_tokenizer
 from ballast_testing.measure import emit, interleaved, machine, parser
 from pref_opt.losses import Logps, LossContext, loss_names, make_loss
+from pref_opt.tiny import tiny_causal_lm, tiny_tokenizer
 from pref_opt.trl import PreferenceConfig, PreferenceTrainer
 
 if TYPE_CHECKING:

@@ -98,7 +98,7 @@ def load_pretrained(kind: Any, name: str, **options: Any) -> tuple[Any, Any]:
     from transformers import AutoTokenizer
 
     try:
-        model = kind.from_pretrained(name, **options)
+        model = kind.from_pretrained(name, use_safetensors=True, **options)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, SafetensorError) as error:
         raise ValueError(f"model {name} can't be loaded: {str(error).strip().splitlines()[0]}") from None

@@ -15,11 +15,11 @@ pytest.importorskip("datasets")
 from datasets import Dataset
 from peft import LoraConfig
 
-from ballast_testing.llm import tiny_causal_lm, tiny_tokenizer
 from pref_opt.dynamic_po import boundary_mask, dynamic_po_loss, optimal_kmeans_1d
 from pref_opt.losses import Logps, LossContext, make_loss
 from pref_opt.multi_negative import MultiNegativeCollator, MultiNegativeConfig, MultiNegativeTrainer, completion_logps
 from pref_opt.napo import napo_loss, train_sasrec
+from pref_opt.tiny import tiny_causal_lm, tiny_tokenizer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")]
 

@@ -17,7 +17,7 @@ pytest.importorskip("trl")
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
-from ballast_testing.llm import tiny_causal_lm, tiny_tokenizer
+from pref_opt.tiny import tiny_causal_lm, tiny_tokenizer
 from pref_opt.trl import PreferenceConfig, PreferenceTrainer
 
 # TRL still uses the old names of transformers.

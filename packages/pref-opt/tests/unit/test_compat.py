@@ -17,8 +17,8 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import MixtralConfig, MixtralForCausalLM, Trainer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
-from ballast_testing.llm import tiny_causal_lm, tiny_tokenizer
 from pref_opt import _compat
+from pref_opt.tiny import tiny_causal_lm, tiny_tokenizer
 
 # TRL still uses the old names of transformers.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")

@@ -16,7 +16,6 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors import safe_open
 from transformers import HfArgumentParser
 
-from ballast_testing.llm import tiny_causal_lm, tiny_tokenizer
 from pref_opt.baselines import SDPOLoss
 from pref_opt.data import truncate_prompts
 from pref_opt.losses import LossOutput, PreferenceLoss
@@ -29,6 +28,7 @@ from pref_opt.multi_negative import (
     packed_attention_mask,
     tokenize_lists,
 )
+from pref_opt.tiny import tiny_causal_lm, tiny_tokenizer
 
 LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"])
 SLOW = pytest.mark.slow

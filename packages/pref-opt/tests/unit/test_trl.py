@@ -19,8 +19,8 @@ from safetensors import safe_open
 from transformers import HfArgumentParser
 from trl import DPOConfig, DPOTrainer
 
-from ballast_testing.llm import tiny_causal_lm, tiny_tokenizer
 from pref_opt.losses import LossOutput, PreferenceLoss, make_loss
+from pref_opt.tiny import tiny_causal_lm, tiny_tokenizer
 from pref_opt.trl import PreferenceConfig, PreferenceTrainer, load_loss_state, save_loss_state
 
 # TRL still uses the old names of transformers.

@@ -115,8 +115,8 @@ def train(rank, world_size, folder):
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}  # unused: the group stands already
     from datasets import Dataset
 
-    from ballast_testing.llm import tiny_causal_lm, tiny_tokenizer
     from pref_opt import _state
+    from pref_opt.tiny import tiny_causal_lm, tiny_tokenizer
 
     written = []
     save = _state.save_loss_state

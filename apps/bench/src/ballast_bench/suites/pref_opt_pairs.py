@@ -286,7 +286,7 @@ def _flips(cell: CellInput, train: Dataset, test: Dataset) -> CellOutput:
     from pref_opt.dr_dpo import flip_preferences
 
     settings, seed = cell.settings, cell.seed
-    pairs = flip_preferences(train, settings["flips"], seed)
+    pairs: Any = flip_preferences(train, settings["flips"], seed)
     watched = pairs.select(range(min(len(pairs), 40 * settings["batch_size"])))
     tokenizer, model = _start(settings, seed)
     start = time.process_time()
@@ -431,7 +431,7 @@ def _written(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, pairs:
         rows = pairs[start : start + 256]
         prompts = tokenizer(rows["prompt"], padding=True, padding_side="left", return_tensors="pt").to(model.device)
         with torch.no_grad():
-            output: Any = model.generate(**prompts, do_sample=False, max_new_tokens=10)  # type: ignore[operator]
+            output: Any = model.generate(**prompts, do_sample=False, max_new_tokens=10)
         texts = tokenizer.batch_decode(output[:, prompts["input_ids"].shape[1] :], skip_special_tokens=True)
         hits += sum(map(str.__eq__, texts, rows["chosen"]))
     return hits / len(pairs)
@@ -501,7 +501,8 @@ def _logps(loss: PreferenceLoss, policy: tuple[Tensor, Tensor], reference: tuple
     divisor = policy[1] if loss.length_normalized else policy[1].clamp(max=1)
     chosen, rejected = (policy[0] / divisor).unbind(1)
     ref_chosen, ref_rejected = (reference[0] / divisor).unbind(1)
-    return Logps(chosen, rejected, ref_chosen, ref_rejected, *policy[1].unbind(1))
+    chosen_lengths, rejected_lengths = policy[1].unbind(1)
+    return Logps(chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths)
 
 
 def _share(hits: Tensor) -> float:
