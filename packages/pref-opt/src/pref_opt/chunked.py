@@ -302,3 +302,10 @@ def _check(hidden: Tensor, weight: Tensor, labels: Tensor, bias: Tensor | None) 
         raise ValueError(f"weight must have shape [V, {hidden.shape[2]}] with V >= 1, got {tuple(weight.shape)}")
     if bias is not None and len(bias) != len(weight):
         raise ValueError(f"bias must have shape [{len(weight)}], got {tuple(bias.shape)}")
+
+
+def head_options(config: Any) -> dict[str, Any]:
+    """Return how a model turns its head's products into logits: capped (Gemma 2) or scaled (Granite, Cohere)."""
+    divisor = getattr(config, "logits_scaling", None) or 1.0
+    factor = getattr(config, "logit_scale", None) or 1.0
+    return {"softcap": getattr(config, "final_logit_softcapping", None), "scale": factor / divisor}

@@ -47,7 +47,7 @@ from pref_opt._state import (
     method_options,
     resume_loss,
 )
-from pref_opt.chunked import token_logps_chunked
+from pref_opt.chunked import head_options, token_logps_chunked
 from pref_opt.losses import Logps, LossContext, LossOutput, PreferenceLoss, loss_names
 
 __all__ = [
@@ -479,14 +479,9 @@ def _token_logps(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     if "sources" in batch:
         hidden = hidden.gather(1, batch["sources"].unsqueeze(2).expand(-1, -1, hidden.shape[2]))
     head = model.get_output_embeddings()
-    return token_logps_chunked(hidden, head.weight, batch["targets"], bias=head.bias, **_head_options(model.config))
-
-
-def _head_options(config: Any) -> dict[str, Any]:
-    """Return how a model turns its head's products into logits: capped (Gemma 2) or scaled (Granite, Cohere)."""
-    divisor = getattr(config, "logits_scaling", None) or 1.0
-    factor = getattr(config, "logit_scale", None) or 1.0
-    return {"softcap": getattr(config, "final_logit_softcapping", None), "scale": factor / divisor}
+    return token_logps_chunked(
+        hidden, head.weight, batch["targets"], bias=head.bias, **head_options(model.config.get_text_config())
+    )
 
 
 def _check_packable(model: Any, max_length: int | None) -> None:

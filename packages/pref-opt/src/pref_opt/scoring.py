@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from pref_opt._checks import check_count, check_positive
 from pref_opt._row_log import RowLog, digest
-from pref_opt.chunked import IGNORED, sequence_logps_chunked
+from pref_opt.chunked import IGNORED, head_options, sequence_logps_chunked
 from pref_opt.data import _check_row
 
 if TYPE_CHECKING:
@@ -466,10 +466,7 @@ def _parts(model: PreTrainedModel) -> tuple[Callable[..., Any], _Projection]:
     head = inner.get_output_embeddings()
     if head is None or not isinstance(getattr(head, "weight", None), torch.Tensor) or hasattr(head, "base_layer"):
         raise ValueError(f"model must have a plain linear head, got {type(head).__name__} in {type(inner).__name__}")
-    config = inner.config.get_text_config()
-    scale = getattr(config, "logit_scale", None) or 1.0
-    scale /= getattr(config, "logits_scaling", None) or 1.0
-    return inner.base_model, _Projection(head, getattr(config, "final_logit_softcapping", None), float(scale))
+    return inner.base_model, _Projection(head, **head_options(inner.config.get_text_config()))
 
 
 def _windows(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
