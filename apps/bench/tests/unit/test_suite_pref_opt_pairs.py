@@ -69,7 +69,11 @@ def test_weights_are_gradients_and_margins_those_of_the_loss():
     assert dpo["flipped_weight"] == pytest.approx(float(slopes[2] / slopes[[0, 1, 3]].mean()))
     weighted = slopes * torch.sigmoid(gaps)
     assert robust["flipped_weight"] == pytest.approx(float(weighted[2] / weighted[[0, 1, 3]].mean()))
-    assert dpo["flipped_margin"] == robust["flipped_margin"] == 1
+    assert dpo["flipped_margin"] == 1
+    own = torch.sigmoid(gaps)  # exp(-loss)
+    assert robust["flipped_margin"] == pytest.approx(float(own[2] / own[[0, 1, 3]].mean()))
+    kept = influence("beta_dpo", filter_ratio=0.5)["flipped_margin"]
+    assert kept in (0.0, 3.0)  # two of four pairs are kept: none or all of the flipped one
     assert influence("gamma_po", tau=1.0)["flipped_margin"] < 1
     assert influence("alpha_dpo")["flipped_margin"] < 1
 

@@ -4,7 +4,7 @@ $$\mathcal L=-\log\sigma\big(\beta\,[(\log\pi(y_w)-\log\pi(y_l))-(\log\pi_\text{
 
 One module per method: `alpha_dpo`, `beta_dpo`, `dr_dpo`, `gamma_po`, `repo` for pairs, `napo` and `dynamic_po` for several
 negatives, `alignment_potential` for choosing pairs, `baselines` for what they are compared with. `pref_opt.trl` and
-`pref_opt.multi_negative` are the trainers; they, `tiny` and parts of `data` need `pip install pref-opt[trl]`, the rest needs torch.
+`pref_opt.multi_negative` are the trainers; they, `tiny` and parts of `data` need the extra `trl`, the rest needs torch.
 """
 
 from pref_opt import (

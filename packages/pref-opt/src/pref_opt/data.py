@@ -4,7 +4,7 @@ Everything here ends in TRL's form: rows with `prompt`, `chosen` and `rejected`,
 with `role` and `content`). For losses with K negatives `rejected` is a list of K texts or conversations. Converters
 make such rows from HH dialogues, GSM8K answers and LastFM candidate lists.
 
-Needs `datasets`, which `pip install pref-opt[trl]` brings. Documentation: `docs/guides/preference-training.md`.
+Needs `datasets`, which the extra `trl` brings. Documentation: `docs/guides/preference-training.md`.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ prompt ends, and its first token is predicted from the last token of the prompt.
 
 $$\text{saved}=\frac{(1+K)(P+C)}{P+(1+K)\,C}$$
 
-Host: transformers >= 5 (`pip install pref-opt[trl]`); TRL isn't needed. Documentation: `docs/guides/preference-training.md`.
+Host: transformers >= 5 (in the extra `trl`); TRL isn't needed. Documentation: `docs/guides/preference-training.md`.
 """
 
 # Without `from __future__ import annotations`: HfArgumentParser reads the annotations of MultiNegativeConfig.

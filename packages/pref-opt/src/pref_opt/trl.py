@@ -4,7 +4,7 @@
 accumulation, several processes and checkpoints are TRL's. It adds what TRL has no place for: losses without a reference, losses
 whose statistics have to survive a restart, and losses that look at the whole batch.
 
-Host: TRL >= 1.16 (`pip install pref-opt[trl]`). Documentation: `docs/guides/preference-training.md`.
+Host: TRL >= 1.16 (the extra `trl`). Documentation: `docs/guides/preference-training.md`.
 """
 
 # Without `from __future__ import annotations`: HfArgumentParser reads the annotations of PreferenceConfig.

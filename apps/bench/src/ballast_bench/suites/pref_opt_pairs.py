@@ -33,7 +33,8 @@ _ACCURACY = Metric("accuracy", label="held-out accuracy")
 _LIKELIHOOD = Metric("likelihood", label="right number more likely", tested=False)
 _EXACT = Metric("exact", label="right number written")
 _WEIGHT = Metric("flipped_weight", better="lower", label="weight of flipped over clean pairs", digits=2, tolerance=0.1)
-_MARGIN = Metric("flipped_margin", better="lower", label="margin of flipped over clean pairs", digits=3, tested=False)
+# The margin where a loss has one for each pair, or the weight that Dr. DPO gives a pair, or the share that beta-DPO keeps.
+_MARGIN = Metric("flipped_margin", better="lower", label="own weight or margin", digits=3, tested=False)
 _SECONDS = Metric("train_seconds", better="lower", label="train CPU s", digits=1, tested=False, tolerance=0.25)
 _SELECTED = (
     Metric("explicit", label="explicit margin", digits=2, tested=False),
@@ -80,8 +81,9 @@ _NOTE = (
     "best by held-out accuracy at 20 % flips with another seed, on 1,200 further problems of the train file. Held-out accuracy is by the implicit reward of each loss; a number counts as "
     "written where greedy decoding gives it exactly. `SFT` is the model that the losses start from, `SFT, longer` the same with "
     "150 further steps. Weight: the mean gradient of the loss with respect to the log-probability of the preferred completion, of "
-    "flipped pairs over that of clean ones, for the trained model on 1,280 training pairs in batches of 32. Margin: the same "
-    "of the target margin, where a loss has one for each pair."
+    "flipped pairs over that of clean ones, for the trained model on 1,280 training pairs in batches of 32. Own weight or margin: "
+    "the same of what the loss gives to each pair, the weight in Dr. DPO's soft minimum, the share that beta-DPO keeps, the "
+    "target margin of gamma-PO and alpha-DPO; 1 for all others."
 )
 _SELECT_NOTE = (
     f"{_DATA} The model draws five numbers for each of 3,200 problems (temperature 0.8, top_p 0.95); the best and the worst by a "
@@ -454,7 +456,7 @@ def _influence(
     flipped: Sequence[bool],
     batch_size: int,
 ) -> dict[str, float]:
-    """Return weights and target margins of flipped pairs over those of clean ones, in batches as in training."""
+    """Return gradients, and what the loss gives, of flipped pairs over those of clean ones, in batches as in training."""
     import torch
 
     from pref_opt.losses import LossContext
@@ -466,20 +468,29 @@ def _influence(
         logps = _logps(loss, *((sums[rows], lengths[rows]) for sums, lengths in (policy, reference)))
         chosen = logps.chosen.requires_grad_()
         out = loss(logps, LossContext())
-        weights.append(torch.autograd.grad(out.loss, chosen)[0].abs())
-        margins.append(_target_margins(loss, logps, out))
+        gradient = torch.autograd.grad(out.loss, chosen)[0].abs()
+        weights.append(gradient)
+        margins.append(_given(loss, logps, out, gradient))
     wrong = torch.tensor(flipped)
     named = {"flipped_weight": torch.cat(weights), "flipped_margin": torch.cat(margins)}
     return {name: float(values[wrong].mean() / values[~wrong].mean()) for name, values in named.items()}
 
 
-def _target_margins(loss: PreferenceLoss, logps: Logps, out: LossOutput) -> Tensor:
-    """Return the target margin of each pair, in any unit; ones where the loss has the same for all."""
+def _given(loss: PreferenceLoss, logps: Logps, out: LossOutput, gradient: Tensor) -> Tensor:
+    """Return the weight or margin that a loss gives to each pair, in any unit; ones where it has the same for all."""
+    import torch.nn.functional as F
+
     from pref_opt.alpha_dpo import AlphaDPOLoss, adaptive_margin
+    from pref_opt.beta_dpo import BetaDPOLoss
+    from pref_opt.dr_dpo import DrDPOLoss, dr_weights
     from pref_opt.gamma_po import GammaPOLoss, dynamic_margins
 
+    gaps = out.chosen_rewards - out.rejected_rewards
+    if isinstance(loss, DrDPOLoss):
+        return dr_weights(-F.logsigmoid(gaps), beta_prime=loss.beta_prime)
+    if isinstance(loss, BetaDPOLoss):
+        return (gradient != 0).double()
     if isinstance(loss, GammaPOLoss) and loss.queue is not None:
-        gaps = out.chosen_rewards - out.rejected_rewards
         return dynamic_margins(gaps, loss.queue.sample(len(gaps)), gamma0=loss.gamma0, tau=loss.tau)
     if isinstance(loss, AlphaDPOLoss) and logps.ref_chosen is not None and logps.ref_rejected is not None:
         return adaptive_margin(
@@ -492,7 +503,7 @@ def _target_margins(loss: PreferenceLoss, logps: Logps, out: LossOutput) -> Tens
             gap_mean=out.metrics["gap_mean"],
             gap_std=out.metrics["gap_std"],
         )
-    return logps.chosen.detach().new_ones(len(logps.chosen))
+    return gaps.new_ones(len(gaps))
 
 
 def _logps(loss: PreferenceLoss, policy: tuple[Tensor, Tensor], reference: tuple[Tensor, Tensor]) -> Logps:
