@@ -35,6 +35,16 @@ NAMES = {
     "num_med": "drugs per visit",
     "auc": "AUC",
     "log_loss": "log loss",
+    "likelihood": "right one more likely",
+    "exact": "right one written",
+    "flipped_weight": "weight, flipped over clean",
+    "flipped_margin": "own weight or margin, flipped over clean",
+    "lc_win_rate": "LC win rate, %",
+    "win_rate": "win rate, %",
+    "alpacaeval2_lc": "AlpacaEval 2 LC, %",
+    "alpacaeval2_wr": "AlpacaEval 2 WR, %",
+    "arena_hard": "Arena-Hard, %",
+    "mt_bench": "MT-Bench",
 }
 
 
@@ -315,13 +325,20 @@ def _published(key: str, metrics: Iterable[str], sources: dict[str, str]) -> str
     for metric in metrics:
         value = figure.get(metric)
         digits = 1 if metric.startswith("arp") else 4
+        # Shares have the digits of ours beside them; other figures are shown as they are printed.
         if value is None:
             cells.append("–")
         elif isinstance(value, list):
             cells.append(_stat(Stat(value[0], value[1]), digits))
         else:
-            cells.append(f"{value:.{digits}f}" if value < 1000 else f"{value:,.0f}")
+            cells.append(_printed(value, digits))
     return "<br>".join([cells[0] + mark, *cells[1:]])
+
+
+def _printed(value: float, digits: int) -> str:
+    if value >= 1000:
+        return f"{value:,.0f}"
+    return f"{value:.{digits}f}" if value < 1 or digits == 1 else f"{value:g}"
 
 
 def _pick(table: dict[str, Any], key: str, where: str, what: str) -> Any:
