@@ -71,8 +71,9 @@ _SETTINGS = {"hidden": 64, "layers": 2, "batch_size": 32, "sft_steps": 30, "sft_
 _DATA = (
     "GSM8K: 4,800 problems of its train file, the 1,319 of its test file. A prompt is the last line of the worked solution (its "
     "last 40 characters), a completion the final number: the right one, or one near it, a tenth, ten times or twice of it, or "
-    "with two digits exchanged. Bytes are tokens. A Qwen2 of 64 dimensions and two layers with random weights, 30 steps of SFT "
-    "on the preferred numbers at 3e-3, then one epoch of pairs in batches of 32, cosine, from the same model."
+    "with two digits exchanged. Bytes are tokens. A Qwen2 of 64 dimensions and two layers with random weights, SFT on the "
+    "preferred numbers at 3e-3 (30 steps with wrong labels, 100 where pairs are chosen), then one epoch of pairs in batches of 32, "
+    "cosine, from the same model."
 )
 _NOTE = (
     f"{_DATA} Each pair of the training set is flipped with the rate's probability, before SFT; the test is clean. Losses have "
@@ -88,8 +89,9 @@ _NOTE = (
 _SELECT_NOTE = (
     f"{_DATA} The model draws five numbers for each of 3,200 problems (temperature 0.8, top_p 0.95); the best and the worst by a "
     "reward make a pair. The reward is the mean log-probability under a model of the same size with 1,000 steps of SFT on right "
-    "numbers. 40 % of the pairs are chosen, and SimPO trains on them for one epoch at 1e-3; `All pairs` are two and a half times as many steps. "
-    "Margins and the share of right chosen numbers are of the pairs trained on."
+    "numbers. 40 % of the pairs are chosen, and SimPO trains on them for one epoch; `All pairs` are two and a half times as many "
+    "steps. The learning rate, 3e-4 out of 1e-4, 3e-4 and 1e-3, was the best for random pairs by right numbers written, with another "
+    "seed. Margins and the share of right chosen numbers are of the pairs trained on."
 )
 
 
@@ -152,7 +154,16 @@ def _flip_case(rate: float, suffix: str = "", changed: dict[str, Any] | None = N
 
 
 def _select_case(suffix: str = "", changed: dict[str, Any] | None = None, note: str = "") -> Case:
-    settings = {**_SETTINGS, "pairs": 3200, "reward_steps": 1000, "ratio": 0.4, "method": "simpo", **(changed or {})}
+    settings = {
+        **_SETTINGS,
+        "sft_steps": 100,
+        "lr": 3e-4,
+        "pairs": 3200,
+        "reward_steps": 1000,
+        "ratio": 0.4,
+        "method": "simpo",
+        **(changed or {}),
+    }
     methods: dict[str, dict[str, Any]] = {
         "SFT": {"metric": "random", "method": "none"},
         "Random": {"metric": "random"},
