@@ -120,9 +120,9 @@ def imports(session: nox.Session) -> None:
     ]
     for name in PUBLISHED:
         module = _import_name(name)
-        # A graph package is made of PyG, which loads triton itself; PyG's optional parts stay out.
+        # A graph package is made of PyG, which loads triton and transformers itself where they are; its optional parts stay out.
         on_pyg = any(d.startswith("torch-geometric") for d in _project(MEMBERS[name])["dependencies"])
-        unwanted = [m for m in heavy if not (on_pyg and m in ("torch_geometric", "triton"))]
+        unwanted = [m for m in heavy if not (on_pyg and m in ("torch_geometric", "transformers", "triton"))]
         session.run(
             "python", "-c",
             f"import torch, sys; before = set(sys.modules); import {module}; "

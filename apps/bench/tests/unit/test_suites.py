@@ -66,6 +66,7 @@ def test_the_suites_cover_what_they_promise():
     files = {dataset.name for dataset in DATASETS} - {"synthetic"} | {"MUTAG"}
     assert not files & {case.dataset for case in quick}
     methods = {"adnce", "sgl", "gcm", "dsl", "raremed", "mcrl", "if_dfm"}
+    methods |= {"pref_opt_pairs", "pref_opt_lists", "pref_opt_bandit"}
     graphs = {
         "graph_unlearn",
         "graph_ood_cal",

@@ -60,7 +60,7 @@ def quick() -> tuple[Case, ...]:
             {"problem": "logistic", "samples": 300, "features": 10, "l2": 1e-3, "target_steps": 100},
             few,
             seeds=(0, 1),
-            expected=1.5,
+            expected=0.4,
         ),
     )
 

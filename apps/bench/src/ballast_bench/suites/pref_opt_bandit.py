@@ -63,7 +63,7 @@ def _case(prompts: int, name: str, seeds: tuple[int, ...] = tuple(range(10))) ->
         baseline="Random",
         seeds=seeds,
         metrics=_METRICS,
-        expected=0.3 * prompts,
+        expected=0.05 * prompts,
         preload=("pref_opt.alignment_potential",),
         note=_NOTE,
     )

@@ -110,7 +110,7 @@ def quick() -> tuple[Case, ...]:
             methods={name: {**small, "flips": 0.2, **_METHODS[name]} for name in names},
             baseline="DPO",
             metrics=(_ACCURACY, _LIKELIHOOD, _EXACT, _WEIGHT, _MARGIN, _SECONDS),
-            expected=3,
+            expected=2,
             note=note,
             **common,
         ),

@@ -60,7 +60,7 @@ def quick() -> tuple[Case, ...]:
             methods,
             epochs,
             seeds=(0, 1),
-            expected=2.5,
+            expected=0.7,
             chosen="20 epochs for all.",
         ),
     )

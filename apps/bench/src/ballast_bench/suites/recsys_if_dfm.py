@@ -71,7 +71,7 @@ def quick() -> tuple[Case, ...]:
             {"per_day": 800, "num_categorical": 4, "cardinality": 30},
             methods,
             seeds=(0, 1),
-            expected=2,
+            expected=0.3,
             budget=120,
             note="800 clicks a day with four categorical features; otherwise as on the full case.",
         ),
