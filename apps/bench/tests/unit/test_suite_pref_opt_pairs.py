@@ -117,8 +117,9 @@ def test_real_pairs(data_root):
     assert (len(train), len(test)) == (4800, 1319)
     assert len(cases._read(data_root, {**settings, "held_out": True}, 0)[1]) == 1200
     assert train[0] == {"prompt": "72 clips altoget\n#### ", "chosen": "72", "rejected": "27"}
+    assert all(len(row["prompt"]) <= 16 + len(cases._ANSWER) for row in (*train, *test))  # the note says so
     readable = sum(row["chosen"] in row["prompt"] for row in test) / len(test)
-    assert readable == pytest.approx(0.96, abs=0.02)  # the note says so
+    assert readable == pytest.approx(0.96, abs=0.02)
 
 
 @pytest.mark.parametrize("metric", ["alignment_potential", "all"])
