@@ -17,7 +17,6 @@ Preference Optimization*, ICML 2025, arXiv:2410.10148, eq. 8-12. Documentation: 
 
 from __future__ import annotations
 
-from collections import deque
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -31,11 +30,11 @@ from pref_opt._checks import (
     check_positive,
 )
 from pref_opt.baselines import check_values, references, reward_gap, simpo_loss, upcast
-from pref_opt.losses import LossOutput, PreferenceLoss
+from pref_opt.losses import LossOutput, PlannedLoss
 from pref_opt.stats import MovingGapStats
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from torch import Tensor
 
@@ -232,11 +231,10 @@ class _Share(NamedTuple):
 
     mean: Tensor
     std: Tensor
-    num_pairs: int
     factor: float  # of the sum of the losses
 
 
-class AlphaDPOLoss(PreferenceLoss):
+class AlphaDPOLoss(PlannedLoss[_Share]):
     r"""alpha-DPO with its moving statistics.
 
     Per micro-batch of all processes together the statistics take in the gaps before they are used. While they have seen no
@@ -297,16 +295,10 @@ class AlphaDPOLoss(PreferenceLoss):
         self.eps = eps
         self.stats_window = stats_window
         self._stats = MovingGapStats(momentum, debias=debias)
-        self._pending: deque[_Share] = deque()
+        super().__init__("stats_window='step'" if stats_window == "step" else None)
 
-    @property
-    def wants_window(self) -> bool:
-        return self.stats_window == "step"
-
-    def prepare_window(self, window: Sequence[Logps], context: LossContext) -> None:
-        """Update the statistics once for all micro-batches of an optimiser step."""
-        if context.training and self.wants_window:
-            self._pending = deque(self._plan([reward_gap(*_tensors(logps)).detach() for logps in window], context))
+    def _values(self, logps: Logps) -> Tensor:
+        return reward_gap(*_tensors(logps))
 
     def __call__(self, logps: Logps, context: LossContext) -> LossOutput:
         tensors = _tensors(logps)
@@ -350,19 +342,12 @@ class AlphaDPOLoss(PreferenceLoss):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         self._stats.load_state_dict(state)
-        self._pending.clear()
 
     def _share(self, gap: Tensor, context: LossContext) -> _Share:
         if not context.training:
             mean, std = self._stats.current()
-            return _Share(mean.to(gap.device), std.to(gap.device), len(gap), 1 / len(gap))
-        if not self.wants_window:
-            return self._plan([gap], context)[0]
-        if not self._pending or self._pending[0].num_pairs != len(gap):
-            raise RuntimeError(
-                "stats_window='step' needs prepare_window with the micro-batches of each optimiser step, in order"
-            )
-        return self._pending.popleft()
+            return _Share(mean.to(gap.device), std.to(gap.device), 1 / len(gap))
+        return self._planned(gap, context)
 
     def _plan(self, gaps: list[Tensor], context: LossContext) -> list[_Share]:
         """Take in the gaps of a window; the trainer will average the losses over its micro-batches and processes."""
@@ -375,7 +360,7 @@ class AlphaDPOLoss(PreferenceLoss):
                 "set dataloader_drop_last or use stats_window='step'"
             )
         mean, std = self._stats.update(everyone)
-        return [_Share(mean, std, len(gap), len(gaps) / len(own)) for gap in gaps]
+        return [_Share(mean, std, len(gaps) / len(own))] * len(gaps)
 
 
 def _tensors(logps: Logps) -> tuple[Tensor, Tensor, Tensor, Tensor]:

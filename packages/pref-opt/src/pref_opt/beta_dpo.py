@@ -16,7 +16,6 @@ Dynamic beta*, NeurIPS 2024, arXiv:2407.08639, eq. 5-9 and algorithm 1. Document
 
 from __future__ import annotations
 
-from collections import deque
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -31,11 +30,11 @@ from pref_opt._checks import (
     check_positive,
 )
 from pref_opt.baselines import check_values, implicit_rewards, logistic_losses, references, reward_gap, upcast
-from pref_opt.losses import LossOutput, PreferenceLoss
+from pref_opt.losses import LossOutput, PlannedLoss
 from pref_opt.stats import MovingGapStats, update_gap_stats
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from torch import Tensor
 
@@ -265,7 +264,7 @@ class _Share(NamedTuple):
     largest: Tensor
 
 
-class BetaDPOLoss(PreferenceLoss):
+class BetaDPOLoss(PlannedLoss[_Share]):
     r"""beta-DPO with its moving statistics.
 
     Per micro-batch of all processes together: the statistics take in the gaps, the filter draws, and the mean of the kept
@@ -335,16 +334,10 @@ class BetaDPOLoss(PreferenceLoss):
         self.init_from_first_batch = init_from_first_batch
         self.seed = seed
         self._stats = MovingGapStats(momentum, debias=debias)
-        self._pending: deque[_Share] = deque()
+        super().__init__("window='step'" if window == "step" else None)
 
-    @property
-    def wants_window(self) -> bool:
-        return self.window == "step"
-
-    def prepare_window(self, window: Sequence[Logps], context: LossContext) -> None:
-        """Update the statistics and draw one mask and one beta for all micro-batches of an optimiser step."""
-        if context.training and self.wants_window:
-            self._pending = deque(self._plan([_gap(logps).detach() for logps in window], context))
+    def _values(self, logps: Logps) -> Tensor:
+        return _gap(logps)
 
     def __call__(self, logps: Logps, context: LossContext) -> LossOutput:
         gap = _gap(logps)
@@ -371,20 +364,13 @@ class BetaDPOLoss(PreferenceLoss):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         super().load_state_dict(state)
         self._stats.load_state_dict(state)
-        self._pending.clear()
 
     def _share(self, gap: Tensor, context: LossContext) -> _Share:
         detached = gap.detach()
         if not context.training:
             everything = torch.ones_like(detached, dtype=torch.bool)
             return _Share(everything, detached.new_full((), self.beta), 1 / len(gap), detached.max())
-        if not self.wants_window:
-            return self._plan([detached], context)[0]
-        if not self._pending or len(self._pending[0].keep) != len(gap):
-            raise RuntimeError(
-                "window='step' needs prepare_window with the micro-batches of each optimiser step, in order"
-            )
-        return self._pending.popleft()
+        return self._planned(detached, context)
 
     def _plan(self, gaps: list[Tensor], context: LossContext) -> list[_Share]:
         """Take in the gaps of a window; the trainer will average the losses over its micro-batches and processes."""

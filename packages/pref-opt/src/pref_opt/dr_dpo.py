@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -23,11 +22,9 @@ import torch
 
 from pref_opt._checks import check_choice, check_count, check_label_smoothing, check_pairs, check_positive
 from pref_opt.baselines import dpo_loss, implicit_rewards, ipo_loss, references, upcast
-from pref_opt.losses import LossOutput, PreferenceLoss
+from pref_opt.losses import LossOutput, PlannedLoss
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from datasets import Dataset  # type: ignore[import-untyped]
     from torch import Tensor
 
@@ -171,7 +168,7 @@ class _Share(NamedTuple):
     metrics: dict[str, Tensor]
 
 
-class DrDPOLoss(PreferenceLoss):
+class DrDPOLoss(PlannedLoss[_Share]):
     r"""Dr. DPO over the pairs of a group.
 
     The weights compare the pairs of one group with each other: a group of one pair is plain DPO, and larger groups tell a
@@ -224,23 +221,14 @@ class DrDPOLoss(PreferenceLoss):
         self.base = base
         self.label_smoothing = label_smoothing
         self.group = group
-        self._pending: deque[_Share] = deque()
         self._calls = 0
         self._warned: set[str] = set()
-
-    @property
-    def wants_window(self) -> bool:
-        return self.group == "step"
-
-    def prepare_window(self, window: Sequence[Logps], context: LossContext) -> None:
-        """Compute the weights of all pairs of an optimiser step."""
-        if context.training and self.wants_window:
-            self._pending = deque(self._plan([self._losses(logps).detach() for logps in window], context))
+        super().__init__("group='step'" if group == "step" else None)
 
     def __call__(self, logps: Logps, context: LossContext) -> LossOutput:
-        losses = self._losses(logps)
+        losses = self._values(logps)
         if context.training:
-            share = self._share(losses.detach(), context)
+            share = self._planned(losses.detach(), context)
             surrogate = (share.weights * losses).sum()
             loss, metrics = share.value + (surrogate - surrogate.detach()), share.metrics
             self._watch(metrics)
@@ -249,20 +237,11 @@ class DrDPOLoss(PreferenceLoss):
         chosen, rejected = implicit_rewards(logps, self.beta, reference=self.requires_reference)
         return LossOutput(loss=loss, chosen_rewards=chosen, rejected_rewards=rejected, metrics=metrics)
 
-    def _losses(self, logps: Logps) -> Tensor:
+    def _values(self, logps: Logps) -> Tensor:
         tensors = (logps.chosen, logps.rejected, logps.ref_chosen, logps.ref_rejected)
         if self.requires_reference:
             references(logps)
         return _base_losses(tensors, self.base, self.beta, self.label_smoothing)
-
-    def _share(self, losses: Tensor, context: LossContext) -> _Share:
-        if not self.wants_window:
-            return self._plan([losses], context)[0]
-        if not self._pending or len(self._pending[0].weights) != len(losses):
-            raise RuntimeError(
-                "group='step' needs prepare_window with the micro-batches of each optimiser step, in order"
-            )
-        return self._pending.popleft()
 
     def _plan(self, losses: list[Tensor], context: LossContext) -> list[_Share]:
         """Weigh the pairs of a window; the trainer will average the losses over its micro-batches and processes."""

@@ -8,8 +8,9 @@ checkpoints.
 from __future__ import annotations
 
 import importlib
+from collections import deque
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from pref_opt._checks import check_choice
 
@@ -137,6 +138,58 @@ class PreferenceLoss:
                 f"state of {type(self).__name__} must have {sorted(expected)}, got {sorted(state)}; "
                 "it was written by another method"
             )
+
+
+Share = TypeVar("Share")
+
+
+class PlannedLoss(PreferenceLoss, Generic[Share]):
+    """A loss that looks at detached values of all pairs of a batch, or of an optimiser step, before it computes any.
+
+    Subclasses say what the values are and make of them a plan: one share per micro-batch, which its loss is computed with.
+
+    Args:
+        step_option: The hyper-parameter that asks for plans of a whole optimiser step, for messages; None for plans of one
+            micro-batch at a time.
+    """
+
+    def __init__(self, step_option: str | None = None) -> None:
+        self._step_option = step_option
+        self._pending: deque[tuple[int, Share]] = deque()
+
+    @property
+    def wants_window(self) -> bool:
+        """Whether plans are those of an optimiser step."""
+        return self._step_option is not None
+
+    def _values(self, logps: Logps) -> Tensor:
+        """Return what a plan is made of [B], with or without gradient."""
+        raise NotImplementedError
+
+    def _plan(self, values: list[Tensor], context: LossContext) -> list[Share]:
+        """Return the shares of micro-batches; what moves with training moves here."""
+        raise NotImplementedError
+
+    def prepare_window(self, window: Sequence[Logps], context: LossContext) -> None:
+        """Plan all micro-batches of an optimiser step."""
+        if context.training and self.wants_window:
+            values = [self._values(logps).detach() for logps in window]
+            self._pending = deque(zip(map(len, values), self._plan(values, context), strict=True))
+
+    def _planned(self, values: Tensor, context: LossContext) -> Share:
+        """Return the share of a micro-batch of training, from a plan of its own or from that of its step."""
+        if not self.wants_window:
+            return self._plan([values], context)[0]
+        if not self._pending or self._pending[0][0] != len(values):
+            raise RuntimeError(
+                f"{self._step_option} needs prepare_window with the micro-batches of each optimiser step, in order"
+            )
+        return self._pending.popleft()[1]
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore what `state_dict` returned; raises ValueError where the names differ."""
+        super().load_state_dict(state)
+        self._pending.clear()
 
 
 _BUILT_IN = {

@@ -345,7 +345,7 @@ def _start(settings: dict[str, Any], seed: int) -> tuple[PreTrainedTokenizerFast
     disable_progress_bars()
     tokenizer = tiny_tokenizer()
     sizes = {"hidden": settings["hidden"], "layers": settings["layers"], **settings.get("shape", {})}
-    return tokenizer, tiny_causal_lm(tokenizer, max_length=128, seed=seed, **sizes).to(device)  # type: ignore[arg-type]
+    return tokenizer, tiny_causal_lm(tokenizer, max_length=128, seed=seed, **sizes).to(device)
 
 
 def _supervise(
