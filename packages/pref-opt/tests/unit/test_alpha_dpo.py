@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ballast_testing.distributed import run_gloo
+from ballast_testing.distributed import gathered, run_gloo
 from ballast_testing.losses import check_loss
 from pref_opt.alpha_dpo import AlphaDPOLoss, adaptive_margin, alpha_dpo_loss, alpha_dpo_rewards
 from pref_opt.baselines import SimPOLoss, reward_gap, simpo_loss
@@ -297,15 +297,7 @@ FEATURES, TARGETS = 5, 8
 
 def trained(rank, world_size, options, micro_batches):
     """Three steps of a linear policy; every process holds its part of the same 8 pairs per step."""
-
-    def gather(values):
-        if world_size == 1:
-            return values
-        parts = [torch.empty_like(values) for _ in range(world_size)]
-        torch.distributed.all_gather(parts, values)
-        return torch.cat(parts)
-
-    context = LossContext(gather=gather, world_size=world_size, process_index=rank)
+    context = LossContext(gather=gathered, world_size=world_size, process_index=rank)
     loss, theta = AlphaDPOLoss(**options), torch.full((FEATURES,), 0.1, dtype=F64)
     gradients = []
     for step in range(3):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ballast_testing.distributed import run_gloo
+from ballast_testing.distributed import gathered, run_gloo
 from ballast_testing.losses import check_loss
 from pref_opt import baselines
 from pref_opt.baselines import (
@@ -415,13 +415,7 @@ def _kto_gradient(weight: torch.Tensor, rows: slice, context: LossContext) -> tu
 
 
 def kto_on_ranks(rank: int, world_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    def gather(values: torch.Tensor) -> torch.Tensor:
-        assert not values.requires_grad
-        parts = [torch.empty_like(values) for _ in range(world_size)]
-        torch.distributed.all_gather(parts, values.contiguous())
-        return torch.cat(parts)
-
-    context = LossContext(gather=gather, world_size=world_size, process_index=rank)
+    context = LossContext(gather=gathered, world_size=world_size, process_index=rank)
     weight = torch.tensor([0.3, -0.2, 0.5], dtype=F64)
     loss, gradient = _kto_gradient(weight, slice(4 * rank, 4 * rank + 4), context)
     torch.distributed.all_reduce(gradient)

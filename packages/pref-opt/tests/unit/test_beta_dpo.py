@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ballast_testing.distributed import run_gloo
+from ballast_testing.distributed import gathered, run_gloo
 from pref_opt.baselines import DPOLoss, dpo_loss, reward_gap
 from pref_opt.beta_dpo import (
     BetaDPOLoss,
@@ -378,15 +378,7 @@ FEATURES, TARGETS = 5, 8
 
 def trained(rank, world_size, options, micro_batches):
     """Three steps of a linear policy; every process holds its part of the same 8 pairs per step."""
-
-    def gather(values):
-        if world_size == 1:
-            return values
-        parts = [torch.empty_like(values) for _ in range(world_size)]
-        torch.distributed.all_gather(parts, values)
-        return torch.cat(parts)
-
-    context = LossContext(gather=gather, world_size=world_size, process_index=rank)
+    context = LossContext(gather=gathered, world_size=world_size, process_index=rank)
     loss, theta = BetaDPOLoss(**options), torch.zeros(FEATURES, dtype=F64)
     gradients, betas = [], []
     for step in range(3):

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ballast_testing.distributed import run_gloo
+from ballast_testing.distributed import gathered, run_gloo
 from ballast_testing.losses import check_loss
 from pref_opt.baselines import DPOLoss, dpo_loss, ipo_loss, simpo_loss
 from pref_opt.dr_dpo import DrDPOLoss, dr_aggregate, dr_dpo_loss, dr_weights, flip_preferences
@@ -303,15 +303,7 @@ FEATURES, TARGETS = 5, 8
 
 def trained(rank, world_size, options, micro_batches):
     """Two steps of a linear policy; every process holds its part of the same 8 pairs per step."""
-
-    def gather(values):
-        if world_size == 1:
-            return values
-        parts = [torch.empty_like(values) for _ in range(world_size)]
-        torch.distributed.all_gather(parts, values)
-        return torch.cat(parts)
-
-    context = LossContext(gather=gather, world_size=world_size, process_index=rank)
+    context = LossContext(gather=gathered, world_size=world_size, process_index=rank)
     loss, theta = DrDPOLoss(**options), torch.full((FEATURES,), 0.1, dtype=F64)
     gradients, values = [], []
     for step in range(2):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ballast_testing.distributed import run_gloo
+from ballast_testing.distributed import gathered, run_gloo
 from ballast_testing.losses import check_loss
 from pref_opt.baselines import dpo_loss, simpo_loss
 from pref_opt.gamma_po import (
@@ -414,13 +414,7 @@ def _steps(pool: str, rows: slice, context: LossContext) -> tuple[list[torch.Ten
 
 
 def steps_on_ranks(rank: int, world_size: int) -> dict:
-    def gather(values: torch.Tensor) -> torch.Tensor:
-        assert not values.requires_grad
-        parts = [torch.empty_like(values) for _ in range(world_size)]
-        torch.distributed.all_gather(parts, values.contiguous())
-        return torch.cat(parts)
-
-    context = LossContext(gather=gather, world_size=world_size, process_index=rank)
+    context = LossContext(gather=gathered, world_size=world_size, process_index=rank)
     out = {}
     for pool in ("gathered", "queue"):
         losses, gradients, state = _steps(pool, slice(4 * rank, 4 * rank + 4), context)

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ballast_testing.distributed import run_gloo
+from ballast_testing.distributed import gathered, run_gloo
 from ballast_testing.losses import check_loss
 from pref_opt.baselines import sdpo_loss, simpo_loss
 from pref_opt.losses import Logps, LossContext, make_loss
@@ -292,12 +292,6 @@ def test_half_precision_is_computed_in_float32():
 MODES = ("all", "own", "none")
 
 
-def _gather(values):
-    parts = [torch.empty_like(values) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(parts, values.contiguous())
-    return torch.cat(parts)
-
-
 def _two_steps(rank, world_size):
     """Loss, gradient (with respect to both) and state of every mode; two micro-batches of 8 users in all."""
     found = {}
@@ -311,7 +305,7 @@ def _two_steps(rank, world_size):
             chosen, rejected = chosen[own].requires_grad_(), rejected[own].requires_grad_()
             logps = Logps(chosen, rejected, features={name: value[own] for name, value in features.items()})
             context = (
-                LossContext(gather=_gather, world_size=world_size, process_index=rank)
+                LossContext(gather=gathered, world_size=world_size, process_index=rank)
                 if world_size > 1
                 else LossContext()
             )

@@ -16,7 +16,32 @@ from typing import TYPE_CHECKING, Any, cast
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-__all__ = ["run_gloo"]
+    from torch import Tensor
+
+__all__ = ["gathered", "run_gloo"]
+
+
+def gathered(values: Tensor) -> Tensor:
+    """Return tensors of equal shapes of all processes, rank 0 first; of this one alone where no processes are joined.
+
+    Args:
+        values: Detached, (N, ...).
+
+    Returns:
+        (world size * N, ...).
+
+    Raises:
+        ValueError: If `values` carries a gradient, which a gather would lose.
+    """
+    import torch
+
+    if values.requires_grad:
+        raise ValueError("values must be detached")
+    if not torch.distributed.is_initialized():
+        return values
+    parts = [torch.empty_like(values) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(parts, values.contiguous())
+    return torch.cat(parts)
 
 
 def run_gloo(fn: Callable[..., Any], world_size: int, *args: Any, timeout: float = 120.0) -> list[Any]:

@@ -5,16 +5,23 @@ import time
 
 import pytest
 
-from ballast_testing.distributed import run_gloo
+from ballast_testing.distributed import gathered, run_gloo
 
 
-def gathered(rank: int, world_size: int, offset: int) -> dict:
+def reported(rank: int, world_size: int, offset: int) -> dict:
     import torch
 
     value = torch.tensor([rank + offset], dtype=torch.bfloat16)
     total = value.clone()
     torch.distributed.all_reduce(total)
-    return {"own": value, "total": total, "size": world_size, "empty": torch.zeros(0, 3), "pair": (rank, "x")}
+    return {
+        "own": value,
+        "total": total,
+        "size": world_size,
+        "empty": torch.zeros(0, 3),
+        "pair": (rank, "x"),
+        "all": gathered(value),
+    }
 
 
 def failing(rank: int, world_size: int) -> int:
@@ -37,12 +44,22 @@ def sleeping(rank: int, world_size: int) -> None:
 def test_results_come_back_by_rank() -> None:
     import torch
 
-    first, second = run_gloo(gathered, 2, 10)
+    first, second = run_gloo(reported, 2, 10)
     assert first["own"].dtype == torch.bfloat16
     assert (first["own"].item(), second["own"].item()) == (10, 11)
     assert first["total"].item() == second["total"].item() == 21
     assert first["empty"].shape == (0, 3)
+    assert first["all"].tolist() == second["all"].tolist() == [10, 11]
     assert second["pair"] == (1, "x")
+
+
+def test_one_process_gathers_its_own_values() -> None:
+    import torch
+
+    values = torch.ones(2)
+    assert gathered(values) is values
+    with pytest.raises(ValueError, match="must be detached"):
+        gathered(values.requires_grad_())
 
 
 def test_a_failing_rank_raises_with_its_traceback() -> None:
