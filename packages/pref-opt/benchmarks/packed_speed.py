@@ -25,7 +25,7 @@ import torch
 from datasets import Dataset, disable_progress_bars
 
 from ballast_testing.measure import emit, in_worker, interleaved, machine, parser, peak_extra_bytes, ratio
-from pref_opt.multi_negative import LAYOUTS, MultiNegativeConfig, MultiNegativeTrainer, completion_logps
+from pref_opt.multi_negative import LAYOUTS, MultiNegativeConfig, MultiNegativeTrainer, batch_logps
 from pref_opt.tiny import tiny_causal_lm, tiny_tokenizer
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def measure(method: str, folder: str, args: Any) -> dict[str, Any]:
     """Return tokens, seconds and memory of both layouts under one loss."""
     trainers = {layout: trainer_of(method, layout, folder, args) for layout in LAYOUTS}
     with torch.no_grad():
-        before = {layout: completion_logps(one.model, batch_of(one)).cpu() for layout, one in trainers.items()}
+        before = {layout: batch_logps(one.model, batch_of(one)).cpu() for layout, one in trainers.items()}
     tokens = {layout: batch_of(one)["input_ids"].numel() for layout, one in trainers.items()}
     clock = time.perf_counter if args.device == "cuda" else time.process_time
     seconds = interleaved(

@@ -13,10 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from datasets import Dataset  # type: ignore[import-untyped]
-    from torch import Tensor
 
     from pref_opt.alignment_potential import RewardScorer
 
@@ -124,63 +121,20 @@ def load_reward(name: str, *, dtype: str, device: str, batch_size: int, max_leng
     """
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
+    from pref_opt.scoring import classifier_reward, likelihood_reward
+
     try:
         kinds = AutoConfig.from_pretrained(name).architectures or []
     except (OSError, ValueError):
         kinds = []  # an adapter, or an error that loading the model explains
     if not any(kind.endswith("ForSequenceClassification") for kind in kinds):
         model, tokenizer = load_model(name, dtype=dtype)
-        return _language_reward(model.to(device), tokenizer, batch_size, max_length)
+        return likelihood_reward(model.to(device), tokenizer, batch_size=batch_size, max_length=max_length)
     model, tokenizer = load_pretrained(AutoModelForSequenceClassification, name, dtype=dtype)
-    if model.config.num_labels != 1:
-        raise ValueError(
-            f"--reward-model {name}: a reward model has one output, this one has {model.config.num_labels}"
-        )
-    model.config.pad_token_id = tokenizer.pad_token_id
-    return _classifier_reward(model.to(device), tokenizer, batch_size, max_length)
-
-
-def _language_reward(model: Any, tokenizer: Any, batch_size: int, max_length: int) -> RewardScorer:
-    def reward(prompts: Sequence[Any], responses: Sequence[str]) -> Tensor:
-        import torch
-
-        from pref_opt.alignment_potential import completion_logps
-
-        answers = [
-            [text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]]
-            for prompt, text in zip(prompts, responses, strict=True)
-        ]
-        scored = completion_logps(model, tokenizer, prompts, answers, batch_size=batch_size, max_length=max_length)
-        return torch.cat(scored.sums) / torch.cat(scored.lengths).clamp(min=1)
-
-    return reward
-
-
-def _classifier_reward(model: Any, tokenizer: Any, batch_size: int, max_length: int) -> RewardScorer:
-    def reward(prompts: Sequence[Any], responses: Sequence[str]) -> Tensor:
-        import torch
-
-        shown = [
-            prompt + text
-            if isinstance(prompt, str)
-            else tokenizer.apply_chat_template([*prompt, {"role": "assistant", "content": text}], tokenize=False)
-            for prompt, text in zip(prompts, responses, strict=True)
-        ]
-        rewards = []
-        with torch.no_grad():
-            for start in range(0, len(shown), batch_size):
-                batch = tokenizer(
-                    shown[start : start + batch_size],
-                    add_special_tokens=isinstance(prompts[0], str),  # a chat template writes its own
-                    padding=True,
-                    truncation=True,
-                    max_length=max_length,
-                    return_tensors="pt",
-                )
-                rewards.append(model(**batch.to(model.device)).logits[:, 0].double().cpu())
-        return torch.cat(rewards)
-
-    return reward
+    try:
+        return classifier_reward(model.to(device), tokenizer, batch_size=batch_size, max_length=max_length)
+    except ValueError as error:
+        raise ValueError(f"--reward-model {name}: {error}") from None
 
 
 def _texts(value: Any) -> list[str]:

@@ -6,18 +6,17 @@ version of TRL that breaks one says which. Read and run with TRL 1.16 and transf
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import warnings
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from trl import DPOConfig, DPOTrainer  # type: ignore[attr-defined]
 
 from pref_opt._checks import check_choice
+from pref_opt._state import old_names
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Mapping
 
     from torch import Tensor
     from transformers import PreTrainedModel
@@ -201,14 +200,6 @@ def head_logps(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
     return logps
 
 
-@contextlib.contextmanager
-def _old_names() -> Iterator[None]:
-    """Be silent about names that TRL and PEFT use and transformers has changed; nobody who calls them can change that."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
-        yield
-
-
 class HostTrainer(DPOTrainer):
     """TRL's trainer with a look at every data set before and after it is tokenised.
 
@@ -216,11 +207,11 @@ class HostTrainer(DPOTrainer):
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        with _old_names():
+        with old_names():
             super().__init__(*args, **kwargs)
 
     def compute_ref_log_probs(self, model: Any, inputs: Any) -> Any:
-        with _old_names():
+        with old_names():
             return super().compute_ref_log_probs(model, inputs)  # type: ignore[no-untyped-call]
 
     def _prepare_dataset(self, dataset: Any, processing_class: Any, args: Any, dataset_name: str) -> Any:

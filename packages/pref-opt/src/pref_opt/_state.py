@@ -5,9 +5,11 @@ Hosts: safetensors and transformers.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +22,8 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoin
 from pref_opt.losses import _BUILT_IN, PreferenceLoss, make_loss
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from transformers import Trainer
 
 __all__ = [
@@ -31,6 +35,7 @@ __all__ = [
     "load_loss_state",
     "method_name",
     "method_options",
+    "old_names",
     "resume_loss",
     "save_loss_state",
 ]
@@ -215,3 +220,11 @@ def is_empty(value: Any) -> bool:
     if is_messages(value):
         return not value or not (value[-1]["content"] or value[-1].get("tool_calls"))
     return not value
+
+
+@contextlib.contextmanager
+def old_names() -> Iterator[None]:
+    """Be silent about names that TRL and PEFT use and transformers has changed; nobody who calls them can change that."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*gradient_checkpointing.* is deprecated", FutureWarning)
+        yield

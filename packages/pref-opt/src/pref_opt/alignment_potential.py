@@ -37,6 +37,7 @@ from pref_opt.scoring import (
     Prompt,
     RewardScorer,
     TransformersGenerator,
+    _answer,
     _rewards,
     _text,
     completion_logps,
@@ -656,10 +657,6 @@ def _is_conversation(prompt: Any) -> bool:
 
 def _replaced(prompt: Prompt, text: str) -> Prompt:
     return text if isinstance(prompt, str) else [*prompt[:-1], {**prompt[-1], "content": text}]
-
-
-def _answer(prompt: Prompt, text: str) -> Prompt:
-    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
 
 
 def _plain(value: Any) -> Any:

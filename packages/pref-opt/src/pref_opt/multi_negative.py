@@ -19,9 +19,8 @@ import copy
 import functools
 import inspect
 import types
-import warnings
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -45,16 +44,18 @@ from pref_opt._state import (
     is_messages,
     method_name,
     method_options,
+    old_names,
     resume_loss,
 )
 from pref_opt.chunked import head_options, token_logps_chunked
 from pref_opt.losses import Logps, LossContext, LossOutput, PreferenceLoss, loss_names
+from pref_opt.scoring import evaluating
 
 __all__ = [
     "MultiNegativeCollator",
     "MultiNegativeConfig",
     "MultiNegativeTrainer",
-    "completion_logps",
+    "batch_logps",
     "packed_attention_mask",
     "tokenize_lists",
 ]
@@ -391,7 +392,7 @@ def packed_attention_mask(segments: Tensor, dtype: torch.dtype = torch.float32) 
     return mask.masked_fill(~seen, torch.finfo(dtype).min).unsqueeze(1)
 
 
-def completion_logps(model: Any, batch: Mapping[str, Any]) -> Tensor:
+def batch_logps(model: Any, batch: Mapping[str, Any]) -> Tensor:
     r"""Return the log-probability of every completion of a batch, in either layout, without a matrix of logits.
 
     $$\log\pi(y_{ij}\mid x_i)=\sum_t\log\pi(y_{ijt}\mid x_i,y_{ij,<t})$$
@@ -410,12 +411,12 @@ def completion_logps(model: Any, batch: Mapping[str, Any]) -> Tensor:
         ValueError: If the model has no linear head, its head has an adapter, or its adapter adds virtual tokens.
 
     Examples:
-        >>> from pref_opt.multi_negative import MultiNegativeCollator, completion_logps
+        >>> from pref_opt.multi_negative import MultiNegativeCollator, batch_logps
         >>> from pref_opt.tiny import tiny_causal_lm, tiny_tokenizer
         >>> model = tiny_causal_lm(tiny_tokenizer())
         >>> rows = [{"prompt_ids": [5, 6], "answer_ids": [[7], [8, 9]], "row": 0}]
         >>> packed, repeated = (
-        ...     completion_logps(model, MultiNegativeCollator(0, layout=layout)(rows))
+        ...     batch_logps(model, MultiNegativeCollator(0, layout=layout)(rows))
         ...     for layout in ("packed", "concatenated")
         ... )
         >>> bool((packed - repeated).abs().max() < 1e-5)
@@ -745,7 +746,7 @@ class MultiNegativeTrainer(Trainer):
         mode = "train" if model.training else "eval"
         # The reference goes first: its activations are gone before those of the policy, which have to stay, are made.
         reference = self._reference(model, inputs)
-        sums = completion_logps(model, inputs)
+        sums = batch_logps(model, inputs)
         self._check_finite("policy", sums, inputs)
         out = self.loss(self._logps(sums, reference, inputs), self._context(mode))
         self._record(mode, inputs, sums.detach(), out)
@@ -769,7 +770,7 @@ class MultiNegativeTrainer(Trainer):
         if self.args.precompute_ref_log_probs and STORED in inputs:
             sums = inputs[STORED]
         elif self.ref_model is not None:
-            sums = completion_logps(self.ref_model, inputs)
+            sums = batch_logps(self.ref_model, inputs)
         else:
             # The bare policy: a second pass through a wrapper may write to buffers that the first has saved.
             policy = self.accelerator.unwrap_model(model)
@@ -779,8 +780,8 @@ class MultiNegativeTrainer(Trainer):
                     f"eval_dataset must be given when the trainer is made, or have the column {STORED!r}: "
                     "precompute_ref_log_probs has let go of the reference"
                 )
-            with policy.disable_adapter() if adapted else contextlib.nullcontext(), _evaluating(policy):
-                sums = completion_logps(policy, inputs)
+            with policy.disable_adapter() if adapted else contextlib.nullcontext(), evaluating(policy):
+                sums = batch_logps(policy, inputs)
         self._check_finite("reference", sums, inputs)
         return sums
 
@@ -910,9 +911,7 @@ def _with_reference(model: Any, ref_model: Any, peft_config: Any, *, needed: boo
     if peft_config is not None:
         from peft import get_peft_model
 
-        with warnings.catch_warnings():
-            # PEFT reads a property that transformers has renamed; nobody who calls it can change that.
-            warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.* is deprecated", FutureWarning)
+        with old_names():
             model = get_peft_model(model, peft_config)
     if needed and ref_model is None and not hasattr(model, "disable_adapter"):
         ref_model = copy.deepcopy(model)
@@ -924,14 +923,3 @@ def _padding_token(tokenizer: PreTrainedTokenizerBase) -> int:
     if token is None:
         raise ValueError("processing_class must have a padding or an end-of-sequence token, got neither")
     return int(token)
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Leave gradient checkpointing and dropout out of a pass without gradients."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)

@@ -40,7 +40,9 @@ __all__ = [
     "Prompt",
     "RewardScorer",
     "TransformersGenerator",
+    "classifier_reward",
     "completion_logps",
+    "likelihood_reward",
     "score_preferences",
 ]
 
@@ -346,6 +348,11 @@ def _text(prompt: Any) -> str:
     return prompt if isinstance(prompt, str) else str(prompt[-1]["content"])
 
 
+def _answer(prompt: Prompt, text: str) -> Any:
+    """Return a response in the form of its prompt."""
+    return text if isinstance(prompt, str) else [{"role": "assistant", "content": text}]
+
+
 def _rewards(reward: RewardScorer, prompts: Sequence[Prompt], responses: Sequence[str]) -> Tensor:
     """Return finite rewards [N] in float64 on the CPU."""
     if not responses:
@@ -414,14 +421,14 @@ def _sequence_sums(
     # Longest first: a batch that is too large for the memory fails early.
     order = sorted((i for i in range(len(sequences)) if lengths[i]), key=lambda i: -len(sequences[i].ids))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    with _evaluating(model):
+    with evaluating(model):
         for chunk in _windows(order, batch_size):
             sums[chunk] = _batch_sums(backbone, head, [sequences[i] for i in chunk], int(pad or 0), model.device)
     return sums, lengths
 
 
 @contextmanager
-def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Switch dropout and gradients off; afterwards every module is in the mode that it was in."""
     modes = [(module, module.training) for module in model.modules()]
     model.train(False)
@@ -484,6 +491,115 @@ def _fingerprint(model: PreTrainedModel) -> str:
         picked = flat[:: max(1, flat.numel() // 64)]
         digest.update(picked.to("cpu", torch.float64).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+# --- rewards from models ---
+
+
+def likelihood_reward(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 8, max_length: int | None = 2048
+) -> RewardScorer:
+    r"""Return a reward that is the mean log-probability of an answer under a language model.
+
+    $$r(x,y)=\frac1{|y|}\sum_t\log\pi(y_t|x,y_{<t})$$
+
+    Source: own definition; a model that was trained further than the policy can judge it.
+
+    Args:
+        model: Causal language model of transformers.
+        tokenizer: Its tokenizer; conversations need a chat template.
+        batch_size: Sequences per forward pass, >= 1.
+        max_length: Tokens of prompt and answer; an answer of which nothing is left has reward 0. None cuts nothing.
+
+    Returns:
+        A function of prompts and responses that returns rewards [N], nats per token, float64.
+
+    Raises:
+        ValueError: If a number is out of range; on call, for the reasons that `completion_logps` gives.
+
+    Examples:
+        >>> from pref_opt.scoring import likelihood_reward
+        >>> from pref_opt.tiny import tiny_causal_lm, tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer()
+        >>> reward = likelihood_reward(tiny_causal_lm(tokenizer), tokenizer)
+        >>> reward(["1+1=", "1+1="], ["2", "3"]).shape
+        torch.Size([2])
+    """
+    check_count("batch_size", batch_size)
+    if max_length is not None:
+        check_count("max_length", max_length)
+
+    def reward(prompts: Sequence[Prompt], responses: Sequence[str]) -> Tensor:
+        answers = [[_answer(prompt, text)] for prompt, text in zip(prompts, responses, strict=True)]
+        scored = completion_logps(model, tokenizer, prompts, answers, batch_size=batch_size, max_length=max_length)
+        return torch.cat(scored.sums) / torch.cat(scored.lengths).clamp(min=1)
+
+    return reward
+
+
+def classifier_reward(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, batch_size: int = 8, max_length: int | None = 2048
+) -> RewardScorer:
+    r"""Return the reward of a sequence classifier with one output, as reward models are usually published.
+
+    $$r(x,y)=f(x\oplus y)$$
+
+    Text prompts are continued by the response, conversations go through the chat template. Source: the authors' code, which
+    scores with such models.
+
+    Args:
+        model: Model of transformers for sequence classification; its padding token is set to the tokenizer's.
+        tokenizer: Its tokenizer.
+        batch_size: Sequences per forward pass, >= 1.
+        max_length: Tokens of prompt and answer; the end of longer ones is cut. None cuts nothing.
+
+    Returns:
+        A function of prompts and responses that returns rewards [N], float64.
+
+    Raises:
+        ValueError: If the model has several outputs, or a number is out of range.
+
+    Examples:
+        >>> import torch
+        >>> from transformers import Qwen2Config, Qwen2ForSequenceClassification
+        >>> from pref_opt.scoring import classifier_reward
+        >>> from pref_opt.tiny import tiny_tokenizer
+        >>> tokenizer = tiny_tokenizer()
+        >>> sizes = dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_labels=1)
+        >>> config = Qwen2Config(vocab_size=len(tokenizer), num_key_value_heads=2, **sizes)
+        >>> reward = classifier_reward(Qwen2ForSequenceClassification(config), tokenizer)
+        >>> reward(["1+1=", "1+1="], ["2", "3"]).dtype
+        torch.float64
+    """
+    check_count("batch_size", batch_size)
+    if max_length is not None:
+        check_count("max_length", max_length)
+    if model.config.num_labels != 1:
+        raise ValueError(f"model must have one output to be a reward model, got {model.config.num_labels}")
+    model.config.pad_token_id = tokenizer.pad_token_id
+
+    def reward(prompts: Sequence[Prompt], responses: Sequence[str]) -> Tensor:
+        shown = [
+            prompt + text
+            if isinstance(prompt, str)
+            else tokenizer.apply_chat_template([dict(m) for m in (*prompt, *_answer(prompt, text))], tokenize=False)
+            for prompt, text in zip(prompts, responses, strict=True)
+        ]
+        rewards = []
+        with evaluating(model):
+            for texts in _windows(shown, batch_size):
+                batch = tokenizer(
+                    texts,
+                    add_special_tokens=isinstance(prompts[0], str),  # a chat template writes its own
+                    padding=True,
+                    truncation=max_length is not None,
+                    max_length=max_length,
+                    return_tensors="pt",
+                )
+                rewards.append(model(**batch.to(model.device)).logits[:, 0].double().cpu())
+        return torch.cat(rewards)
+
+    return reward
 
 
 # --- drawing ---
@@ -549,7 +665,7 @@ class TransformersGenerator:
         sampling = {"temperature": temperature, "top_p": top_p, "max_new_tokens": max_tokens, "num_return_sequences": n}
         drawn: dict[int, list[list[int]]] = {}
         on_gpu = [self.model.device] if self.model.device.type == "cuda" else []
-        with torch.random.fork_rng(on_gpu), _evaluating(self.model):
+        with torch.random.fork_rng(on_gpu), evaluating(self.model):
             # torch.manual_seed would change the state of all GPUs, and fork_rng restores only those it knows.
             torch.default_generator.manual_seed(seed)
             for device in on_gpu:

@@ -34,6 +34,7 @@ from pref_opt._state import (
     save_loss_state,
 )
 from pref_opt.losses import Logps, LossContext, LossOutput, PreferenceLoss, loss_names
+from pref_opt.scoring import evaluating
 
 __all__ = ["PreferenceConfig", "PreferenceTrainer", "load_loss_state", "save_loss_state"]
 
@@ -265,17 +266,15 @@ class PreferenceTrainer(_compat.HostTrainer):
     @torch.no_grad()
     def _show_window(self, batches: list[dict[str, Any]]) -> None:
         model = self.model_wrapped
-        training = model.training
-        model.eval()  # neither dropout nor gradient checkpointing in a pass without gradients
         window = []
         for batch in batches:
-            with self.compute_loss_context_manager():
+            # Neither dropout nor gradient checkpointing in a pass without gradients.
+            with evaluating(model), self.compute_loss_context_manager():
                 reference = self._reference(batch)
                 sums = _compat.policy_tokens(model, batch).logps.sum(1)
             if reference is not None:
                 batch["ref_chosen_logps"], batch["ref_rejected_logps"] = reference
             window.append(self._pair_logps(sums, reference, batch))
-        model.train(training)
         self.loss.prepare_window(window, self._context(training=True))
 
     # --- logs -----------------------------------------------------------------------------------------------------

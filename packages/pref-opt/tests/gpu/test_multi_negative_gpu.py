@@ -17,7 +17,7 @@ from peft import LoraConfig
 
 from pref_opt.dynamic_po import boundary_mask, dynamic_po_loss, optimal_kmeans_1d
 from pref_opt.losses import Logps, LossContext, make_loss
-from pref_opt.multi_negative import MultiNegativeCollator, MultiNegativeConfig, MultiNegativeTrainer, completion_logps
+from pref_opt.multi_negative import MultiNegativeCollator, MultiNegativeConfig, MultiNegativeTrainer, batch_logps
 from pref_opt.napo import napo_loss, train_sasrec
 from pref_opt.tiny import tiny_causal_lm, tiny_tokenizer
 
@@ -126,9 +126,9 @@ def test_layouts_are_equal(attention, dtype, atol):
     batch = {
         layout: MultiNegativeCollator(0, layout=layout)(rows([40, 7, 23], 15)) for layout in ("packed", "concatenated")
     }
-    exact = completion_logps(exact_model, batch["concatenated"])
+    exact = batch_logps(exact_model, batch["concatenated"])
     for part in batch.values():
-        got = completion_logps(model, on_device(part))
+        got = batch_logps(model, on_device(part))
         assert got.dtype == torch.float32
         torch.testing.assert_close(got.cpu().double(), exact, rtol=0, atol=atol)
 
@@ -143,7 +143,7 @@ def test_the_packed_layout_needs_less_memory():
         for _ in range(2):  # the first run allocates workspaces
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
-            completion_logps(model, batch).sum().backward()
+            batch_logps(model, batch).sum().backward()
             peaks[layout] = torch.cuda.max_memory_allocated() - before
             model.zero_grad()
     assert peaks["packed"] < 0.4 * peaks["concatenated"]

@@ -25,6 +25,7 @@ from pref_opt.alignment_potential import (
     select_top,
 )
 from pref_opt.baselines import simpo_loss
+from pref_opt.scoring import classifier_reward, likelihood_reward
 from pref_opt.tiny import tiny_causal_lm, tiny_tokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
@@ -925,3 +926,65 @@ def test_rows_of_the_file_are_plain_json(model, tokenizer, tmp_path):
     head, *kept = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
     assert head["settings"]["kind"] == "score_preferences"
     assert [row["idx"] for row in kept] == [0, 1]
+
+
+# --- rewards from models ---------------------------------------------------------------------------------------------
+
+CHAT = [{"role": "user", "content": "1+1?"}]
+
+
+def test_a_language_model_rewards_what_it_finds_probable():
+    tokenizer = tiny_tokenizer()
+    model = tiny_causal_lm(tokenizer)
+    answers = ["2", "three", "11"]
+    sums, lengths = completion_logps(model, tokenizer, ["1+1="], [answers])
+    for batch_size in (1, 8):
+        rewards = likelihood_reward(model, tokenizer, batch_size=batch_size)(["1+1="] * 3, answers)
+        torch.testing.assert_close(rewards, sums[0] / lengths[0], rtol=1e-6, atol=0)
+    said = [[{"role": "assistant", "content": text}] for text in answers]
+    sums, lengths = completion_logps(model, tokenizer, [CHAT], [said])
+    rewards = likelihood_reward(model, tokenizer)([CHAT] * 3, answers)
+    torch.testing.assert_close(rewards, sums[0] / lengths[0], rtol=1e-6, atol=0)
+    with pytest.raises(ValueError, match="batch_size must be an integer >= 1"):
+        likelihood_reward(model, tokenizer, batch_size=0)
+
+
+def classifier(tokenizer, num_labels):
+    from transformers import Qwen2Config, Qwen2ForSequenceClassification
+
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_labels=num_labels,
+    )
+    return Qwen2ForSequenceClassification(config)
+
+
+@pytest.mark.parametrize("prompt", ["1+1=", CHAT], ids=["text", "conversation"])
+def test_a_classifier_rewards_by_its_output(prompt):
+    tokenizer = tiny_tokenizer()
+    model = classifier(tokenizer, 1).train()
+    answers = ["2", "three and more", "11"]
+    rewards = classifier_reward(model, tokenizer, batch_size=8)([prompt] * 3, answers)
+    assert model.training  # as it was
+    one_by_one = classifier_reward(model, tokenizer, batch_size=1)([prompt] * 3, answers)
+    torch.testing.assert_close(rewards, one_by_one, rtol=1e-5, atol=1e-6)
+    for answer, reward in zip(answers, rewards, strict=True):
+        if isinstance(prompt, str):
+            ids = tokenizer(prompt + answer, return_tensors="pt")["input_ids"]
+        else:
+            whole = [*prompt, {"role": "assistant", "content": answer}]
+            ids = tokenizer.apply_chat_template(whole, return_tensors="pt", return_dict=True)["input_ids"]
+        with torch.no_grad():
+            assert float(reward) == pytest.approx(float(model.eval()(input_ids=ids).logits), abs=1e-5)
+
+
+def test_a_classifier_of_several_outputs_is_no_reward_model():
+    tokenizer = tiny_tokenizer()
+    with pytest.raises(ValueError, match="model must have one output to be a reward model, got 2"):
+        classifier_reward(classifier(tokenizer, 2), tokenizer)

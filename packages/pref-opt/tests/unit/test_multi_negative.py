@@ -24,7 +24,7 @@ from pref_opt.multi_negative import (
     MultiNegativeConfig,
     MultiNegativeTrainer,
     _tokenized,
-    completion_logps,
+    batch_logps,
     packed_attention_mask,
     tokenize_lists,
 )
@@ -229,7 +229,7 @@ def test_layouts_are_equal(tokenizer, architecture, attention, atol, negatives):
     assert exact.dtype == torch.float64
     exact_grads = torch.autograd.grad((weight * exact).sum(), list(model.parameters()))
     for layout in ("packed", "concatenated"):
-        logps = completion_logps(model, MultiNegativeCollator(0, layout=layout)(rows))
+        logps = batch_logps(model, MultiNegativeCollator(0, layout=layout)(rows))
         torch.testing.assert_close(logps, exact, rtol=0, atol=atol)
         grads = torch.autograd.grad((weight * logps).sum(), list(model.parameters()))
         for got, want in zip(grads, exact_grads, strict=True):
@@ -259,7 +259,7 @@ def test_scaled_and_capped_logits(tokenizer):
         model = model.double().eval()
         rows = random_rows([5, 9], 2)
         for layout in ("packed", "concatenated"):
-            logps = completion_logps(model, MultiNegativeCollator(0, layout=layout)(rows))
+            logps = batch_logps(model, MultiNegativeCollator(0, layout=layout)(rows))
             torch.testing.assert_close(logps, from_full_logits(model, rows), rtol=0, atol=1e-6)
 
 
@@ -308,14 +308,14 @@ def test_a_model_that_has_learned_stays_a_model(tokenizer):
     ids = torch.tensor([[5, 6, 7]])
     before, signature = model(ids).logits, inspect.signature(model.forward).parameters.keys()
     batch = MultiNegativeCollator(0)(random_rows([4], 2))
-    logps = completion_logps(model, batch)
+    logps = batch_logps(model, batch)
     assert torch.equal(model(ids).logits, before)
     assert inspect.signature(model.forward).parameters.keys() == signature
     twin = copy.deepcopy(model)
     with torch.no_grad():
         model.get_output_embeddings().weight.mul_(2)
-    assert torch.equal(completion_logps(twin, batch), logps)  # a copy has its own weights
-    assert not torch.equal(completion_logps(model, batch), logps)
+    assert torch.equal(batch_logps(twin, batch), logps)  # a copy has its own weights
+    assert not torch.equal(batch_logps(model, batch), logps)
     assert torch.equal(twin(ids).logits, before)
 
 
@@ -324,10 +324,10 @@ def test_models_that_cannot_be_used(tokenizer, build):
     batch = MultiNegativeCollator(0)(random_rows([4], 2))
     model = tiny_causal_lm(tokenizer, hidden=32, tie_word_embeddings=False)
     with pytest.raises(ValueError, match="must have a linear head without an adapter, got Linear in"):
-        completion_logps(get_peft_model(model, LoraConfig(target_modules=["lm_head"])), batch)
+        batch_logps(get_peft_model(model, LoraConfig(target_modules=["lm_head"])), batch)
     prompts = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
     with pytest.raises(ValueError, match="adapter that adds virtual tokens"):
-        completion_logps(get_peft_model(tiny_causal_lm(tokenizer, hidden=32), prompts), batch)
+        batch_logps(get_peft_model(tiny_causal_lm(tokenizer, hidden=32), prompts), batch)
     with pytest.raises(ValueError, match="model must be a causal model of transformers, got Linear"):
         build(model=torch.nn.Linear(2, 2))
     sliding = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 1}

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     import torch
     from datasets import Dataset  # type: ignore[import-untyped]
     from torch import Tensor
-    from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 __all__ = ["cpu", "generated", "gpu", "lastfm", "quick"]
 
@@ -304,6 +304,7 @@ def _run(cell: CellInput, lists: Lists) -> CellOutput:
     from datasets import disable_progress_bars
 
     from pref_opt.multi_negative import tokenize_lists
+    from pref_opt.tiny import tiny_causal_lm
 
     settings, device = cell.settings, cell.settings.get("device", "cpu")
     if device == "cuda" and not torch.cuda.is_available():
@@ -314,7 +315,15 @@ def _run(cell: CellInput, lists: Lists) -> CellOutput:
     disable_progress_bars()
     tokenizer = _tokenizer(lists.items)
     training = _dataset(lists.train, lists.items, settings["negatives"], cell.seed)
-    model = _model(tokenizer, settings, cell.seed).to(device)
+    model = tiny_causal_lm(
+        tokenizer,
+        hidden=settings["hidden"],
+        layers=settings["layers"],
+        max_length=64,
+        seed=cell.seed,
+        num_attention_heads=settings["heads"],
+        intermediate_size=settings["intermediate"],
+    ).to(device)
     test = tokenize_lists(_dataset(lists.test, lists.items, None, 0), tokenizer, features=()).to_list()
     start = time.process_time()
     _supervise(model, tokenize_lists(training, tokenizer, features=()).to_list(), settings, cell.seed)
@@ -336,34 +345,11 @@ def _run(cell: CellInput, lists: Lists) -> CellOutput:
     return CellOutput({**_tested(model, test), "train_seconds": seconds}, (), info)
 
 
-def _model(tokenizer: PreTrainedTokenizerFast, settings: dict[str, Any], seed: int) -> Qwen2ForCausalLM:
-    import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=settings["hidden"],
-        intermediate_size=settings["intermediate"],
-        num_hidden_layers=settings["layers"],
-        num_attention_heads=settings["heads"],
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-    )
-    torch.manual_seed(seed)
-    model = Qwen2ForCausalLM(config)
-    model.train(False)
-    return model
-
-
-def _supervise(model: Qwen2ForCausalLM, rows: list[dict[str, Any]], settings: dict[str, Any], seed: int) -> None:
+def _supervise(model: PreTrainedModel, rows: list[dict[str, Any]], settings: dict[str, Any], seed: int) -> None:
     """Train on the next items alone."""
     import torch
 
-    from pref_opt.multi_negative import MultiNegativeCollator, completion_logps
+    from pref_opt.multi_negative import MultiNegativeCollator, batch_logps
 
     collator = MultiNegativeCollator(0, features=())
     rows = [{**row, "answer_ids": row["answer_ids"][:1]} for row in rows]
@@ -376,7 +362,7 @@ def _supervise(model: Qwen2ForCausalLM, rows: list[dict[str, Any]], settings: di
         for numbers in torch.randperm(len(rows), generator=order).split(size):  # type: ignore[no-untyped-call]
             optimizer.zero_grad()
             batch = _moved(collator([rows[i] for i in numbers.tolist()]), model.device)
-            (-completion_logps(model, batch).mean()).backward()  # type: ignore[no-untyped-call]
+            (-batch_logps(model, batch).mean()).backward()  # type: ignore[no-untyped-call]
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
@@ -384,7 +370,7 @@ def _supervise(model: Qwen2ForCausalLM, rows: list[dict[str, Any]], settings: di
 
 
 def _prefer(
-    model: Qwen2ForCausalLM,
+    model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerFast,
     training: Dataset,
     lists: Lists,
@@ -432,16 +418,16 @@ def _annotated(training: Dataset, lists: Lists, seed: int) -> Dataset:
     return annotate_dataset(training, train_sasrec(sequences, len(number), epochs=30, seed=seed))
 
 
-def _tested(model: Qwen2ForCausalLM, rows: list[dict[str, Any]]) -> dict[str, float]:
+def _tested(model: PreTrainedModel, rows: list[dict[str, Any]]) -> dict[str, float]:
     """Return how the right item ranks among all candidates of its row, by log-probability; ties count against it."""
     import torch
 
-    from pref_opt.multi_negative import MultiNegativeCollator, completion_logps
+    from pref_opt.multi_negative import MultiNegativeCollator, batch_logps
 
     collator = MultiNegativeCollator(0, features=())
     with torch.no_grad():
         logps = [
-            completion_logps(model, _moved(collator(rows[start : start + 128]), model.device))
+            batch_logps(model, _moved(collator(rows[start : start + 128]), model.device))
             for start in range(0, len(rows), 128)
         ]
     return _ranked(torch.cat(logps))

@@ -260,7 +260,8 @@ def selection(cell: CellInput) -> CellOutput:
     """
     import torch
 
-    from pref_opt.alignment_potential import TransformersGenerator, build_self_play_pairs, completion_logps, select_top
+    from pref_opt.alignment_potential import build_self_play_pairs, select_top
+    from pref_opt.scoring import TransformersGenerator, likelihood_reward
 
     settings, seed = cell.settings, cell.seed
     train, test = _read(cell.data_root, settings, seed)
@@ -269,10 +270,7 @@ def selection(cell: CellInput) -> CellOutput:
     _supervise(model, tokenizer, train, settings["sft_steps"], settings, seed)
     _supervise(judge, tokenizer, train, settings["reward_steps"], settings, seed)
 
-    def reward(prompts: Sequence[Any], responses: Sequence[str]) -> Tensor:
-        scored = completion_logps(judge, tokenizer, prompts, [[text] for text in responses], batch_size=256)
-        return torch.cat(scored.sums) / torch.cat(scored.lengths)
-
+    reward = likelihood_reward(judge, tokenizer, batch_size=256)
     generator = TransformersGenerator(model, tokenizer, batch_size=320)
     pairs = build_self_play_pairs(train["prompt"][:], generator, reward, max_tokens=8, seed=seed)
     explicit, implicit = (torch.tensor(pairs[name][:]) for name in ("rm_margin", "logp_margin_norm"))
@@ -432,7 +430,7 @@ def _measured(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, pairs
     """Return log-probabilities of both completions, summed [N, 2], and their numbers of tokens [N, 2]."""
     import torch
 
-    from pref_opt.alignment_potential import completion_logps
+    from pref_opt.scoring import completion_logps
 
     completions = list(zip(pairs["chosen"], pairs["rejected"], strict=True))
     logps = completion_logps(model, tokenizer, pairs["prompt"][:], completions, batch_size=256)
