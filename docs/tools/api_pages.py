@@ -120,7 +120,7 @@ AVAILABLE = (
             "trl": "`PreferenceTrainer` on TRL's DPO trainer",
             "multi_negative": "`MultiNegativeTrainer`: K negatives, one copy of the prompt",
             "chunked": "Log-probabilities of sequences without the matrix of logits",
-            "scoring": "Log-probabilities of a preference set under a model",
+            "scoring": "Log-probabilities of a preference set under a model, rewards from models, drawing answers",
             "data": "Converters, checks, flips, splits, truncation",
             "tiny": "A tokenizer and a model made on the spot",
         },

@@ -231,25 +231,24 @@ class PreferenceTrainer(_compat.HostTrainer):
         lengths = _compat.completion_mask(inputs).sum(1)
         divisor = lengths.clamp(min=1) if self.loss.length_normalized else torch.ones_like(lengths)
         joined = None if reference is None else torch.cat(reference).to(sums.dtype)
-        self._check_finite("policy", sums, inputs)
-        if joined is not None:
-            self._check_finite("reference", joined, inputs)
+        self._check_finite({"policy": sums} if joined is None else {"policy": sums, "reference": joined}, inputs)
         chosen, rejected = (sums / divisor).chunk(2)
         ref_chosen, ref_rejected = (None, None) if joined is None else (joined / divisor).chunk(2)
         chosen_lengths, rejected_lengths = lengths.chunk(2)
         return Logps(chosen, rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths)
 
-    def _check_finite(self, who: str, sums: Tensor, inputs: Mapping[str, Any]) -> None:
-        sums = sums.detach()
-        finite = sums.isfinite()
+    def _check_finite(self, logps: Mapping[str, Tensor], inputs: Mapping[str, Any]) -> None:
+        """Raise ValueError that names the first row whose log-probability isn't finite; one wait for the device."""
+        finite = torch.stack([sums.detach().isfinite() for sums in logps.values()])
         if finite.all():
             return
-        row = int((~finite).nonzero()[0, 0])
+        which, row = finite.logical_not().nonzero()[0].tolist()
+        who, sums = list(logps.items())[which]
         side, pair = ("chosen", row) if row < len(sums) // 2 else ("rejected", row - len(sums) // 2)
         ids = inputs["input_ids"][row][inputs["attention_mask"][row].bool()]
         text = _compat.decoded(self, ids)
         raise ValueError(
-            f"log-probabilities under the {who} must be finite, got {float(sums[row])} for the {side} completion of row "
+            f"log-probabilities under the {who} must be finite, got {float(sums[row].detach())} for the {side} completion of row "
             f"{pair} of a batch, at step {self.state.global_step}: {text[:200]!r}"
         )
 
